@@ -1,0 +1,190 @@
+"""Chapter 1 of 5: the dials of TinyGPT, and how to turn them.
+
+A language model is a function with thousands of adjustable numbers (its parameters, which training
+finds) and about twenty numbers that a person chooses: the hyperparameters, called dials here. At
+the end of this file you know which dials there are, what each means, and which two ready sets
+exist. Nothing comes before this file; the four that follow take their dials from it. Run it to see
+both sets side by side:
+
+    python hyperparameters.py
+
+Change a default here and every later run uses it; `python train_model.py --n_layer 6` changes one
+run only.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Dict
+
+
+class DialError(ValueError):
+    """A dial stands at a value that cannot work. The message says which dial, which value, and what would work."""
+
+
+def dial(default: Any, lowest: float, highest: float, meaning: str) -> Any:
+    """One line of the table below: its default, the range that makes sense, and what it means."""
+    return field(
+        default=default, metadata={"lowest": lowest, "highest": highest, "meaning": meaning}
+    )
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Every choice a run depends on. Frozen, so that no code changes a dial behind the reader's back.
+
+    Raises DialError when a value is of the wrong type, out of its range, or does not fit the
+    others.
+    """
+
+    # Data: what one training step sees (chapter 2).
+    block_size: int = dial(128, 1, 65_536, "context window: characters the model sees at once")
+    batch_size: int = dial(16, 1, 65_536, "windows learned from in one step, over all processes")
+    validation_fraction: float = dial(
+        0.1, 0.001, 0.5, "share of the text held out to measure on, 0 to 1"
+    )
+
+    # Model: how big the machine is (chapter 3).
+    n_layer: int = dial(4, 1, 1_000, "blocks stacked on top of each other")
+    n_head: int = dial(4, 1, 1_024, "attention heads in a block; each gets n_embd / n_head numbers")
+    n_embd: int = dial(128, 2, 65_536, "numbers that describe one character inside the model")
+    dropout: float = dial(0.0, 0.0, 0.99, "share of each block's output zeroed in training, 0 to 1")
+
+    # Optimisation: how it learns (chapter 4).
+    epochs: int = dial(6, 1, 1_000_000, "passes over the training text")
+    learning_rate: float = dial(4e-3, 0.0, 10.0, "size of the largest step, reached after warm-up")
+    warmup_steps: int = dial(
+        100, 0, 1_000_000, "steps to reach learning_rate, a tenth of a run at most"
+    )
+    weight_decay: float = dial(
+        0.1, 0.0, 100.0, "pull of every matrix towards zero, per unit of rate"
+    )
+    beta2: float = dial(
+        0.95, 0.0, 0.99999, "memory of AdamW's average of squared gradients, 0 to 1"
+    )
+    gradient_clip: float = dial(1.0, 1e-6, 1e6, "longest gradient allowed, as a Euclidean norm")
+    seed: int = dial(1337, 0, 2**63 - 1, "where every random choice starts; same seed, same result")
+
+    # Reporting.
+    save_minutes: float = dial(5.0, 0.01, 1e6, "minutes between saves inside a long epoch")
+
+    @property
+    def head_size(self) -> int:
+        """Numbers that one attention head works with. Derived, never stored, so it cannot go stale."""
+        return self.n_embd // self.n_head
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            check_dial(one.name, getattr(self, one.name))
+        if self.n_embd % (2 * self.n_head) != 0:
+            raise DialError(
+                f"n_embd must be a multiple of 2 * n_head ({2 * self.n_head}), not {self.n_embd}: every "
+                "head gets an equal and even share of it"
+            )
+
+
+def check_dial(name: str, value: Any) -> None:
+    """Raise DialError unless `value` is a number of the dial's type inside the dial's range."""
+    one = {each.name: each for each in fields(Hyperparameters)}[name]
+    lowest, highest = one.metadata["lowest"], one.metadata["highest"]
+    whole = isinstance(one.default, int)
+    right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if (
+        not right_type or not lowest <= value <= highest
+    ):  # NaN fails every comparison, so it ends here too
+        kind = "a whole number" if whole else "a number"
+        raise DialError(f"{name} must be {kind} from {lowest:,} to {highest:,}, not {value!a}")
+
+
+# Two ready sets. The first is sized for a laptop without a GPU: minutes. The second is for a GPU: a
+# ten times larger model would over-fit a short text without dropout. Training picks by the device;
+# `--preset` overrides.
+LAPTOP = Hyperparameters()
+GPU = Hyperparameters(
+    block_size=256,
+    batch_size=64,
+    n_layer=6,
+    n_head=6,
+    n_embd=384,
+    dropout=0.2,
+    epochs=20,
+    learning_rate=1e-3,
+)
+PRESETS = {"laptop": LAPTOP, "gpu": GPU}
+
+
+# What follows serves the command line; a first reader can skip to chapter 2.
+
+
+class OneSentenceParser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is answered with one ASCII sentence and not with the whole usage page."""
+
+    def error(self, message: str) -> None:
+        sentence = message.encode("ascii", "backslashreplace").decode()
+        self.exit(2, f"error: {sentence}; {self.prog} --help lists what there is\n")
+
+
+def add_dial_flags(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` one flag for every dial, spelled exactly as the dial, its meaning as the help text."""
+    group = parser.add_argument_group("dials (default: laptop set / GPU set)")
+    for one in fields(Hyperparameters):
+        group.add_argument(
+            f"--{one.name}",
+            type=type(one.default),
+            metavar="X",
+            help=f"{one.metadata['meaning']} ({getattr(LAPTOP, one.name)} / {getattr(GPU, one.name)})",
+        )
+
+
+def dials_given(arguments: argparse.Namespace) -> Dict[str, Any]:
+    """The dials that the command line named, and only those."""
+    named = {name: getattr(arguments, name) for name in asdict(LAPTOP)}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+class SteadyStream:
+    """stdout or stderr with a closed pipe or a full disk behind it: the text is lost, not the run.
+
+    With `raising`, the error is passed on once, for a program whose text is its only result.
+    """
+
+    def __init__(self, stream: Any, raising: bool) -> None:
+        self.stream, self.raising, self.broken = stream, raising, False
+
+    def write(self, text: str) -> int:
+        try:
+            if not self.broken:
+                self.stream.write(text)
+                self.stream.flush()
+        except OSError:
+            self.broken = True
+            # Python flushes once more when it exits: let that go nowhere instead of failing.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if self.raising:
+                raise
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def steady_output(raising: bool = False) -> None:
+    """Make output survive a missing terminal, a closed pipe, a code page without the character."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")
+        stream.reconfigure(errors="replace")
+        setattr(sys, name, SteadyStream(stream, raising and name == "stdout"))
+
+
+def main() -> None:
+    """Print both sets of dials side by side."""
+    print(f"{'dial':<20}{'laptop':>9}{'gpu':>9}  meaning")
+    for one in fields(Hyperparameters):
+        laptop, gpu = getattr(LAPTOP, one.name), getattr(GPU, one.name)
+        print(f"{one.name:<20}{laptop:>9}{gpu:>9}  {one.metadata['meaning']}")
+
+
+if __name__ == "__main__":
+    steady_output()
+    main()

@@ -1,0 +1,655 @@
+"""Chapter 3 of 5: the machine that predicts the next character.
+
+At the end of this file you know every part of a GPT: how a character finds out what stands before
+it (attention, a short look at its neighbours), how it thinks about what it found (the feed-forward
+network), and why a stack of such blocks can be trained at all. It takes ids from chapter 2 and
+hands chapter 4 a function from ids to a score for every possible next character. Run it to see the
+shapes as a batch flows through:
+
+    python model_architecture.py
+
+Shapes are written in these letters, here and in the chapters after it:
+
+    B  batch: windows read side by side          C  n_embd: numbers that describe one position
+    T  time: positions in a window               H  n_head: attention heads
+    V  vocabulary: different characters          D  C / H: numbers one head works with
+"""
+
+import errno
+import io
+import math
+import os
+import pickle
+import shutil
+import stat
+import sys
+import zipfile
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+REACH = 3  # how many characters back a NeighbourMix looks
+
+Rotation = Tuple[torch.Tensor, torch.Tensor]
+
+
+# Attention compares what stands at two positions, but by itself it cannot tell which of the two
+# comes first, or how far apart they are. Turning the numbers at position t by an angle that grows
+# with t mends that: the dot product of two turned vectors depends on the angle between them, so on
+# their distance alone. Some pairs of numbers turn fast and tell neighbours apart, others turn
+# slowly and measure long ways (rotary positions, Su et al. 2021).
+
+
+def rotation_table(block_size: int, head_size: int) -> Rotation:
+    """Cosines and sines of every position's angles, each (block_size, 1, D)."""
+    speeds = 10_000.0 ** (-torch.arange(0, head_size, 2).float() / head_size)  # (D / 2,)
+    angles = torch.outer(torch.arange(block_size).float(), speeds)[:, None, :]  # (T, 1, D / 2)
+    cosines = torch.cat((angles.cos(), angles.cos()), dim=-1)  # (T, 1, D)
+    sines = torch.cat((-angles.sin(), angles.sin()), dim=-1)
+    return cosines, sines
+
+
+def rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    """Turn every pair (i, i + D / 2) of the D numbers of `x`, (B, T, H, D), by its position's angle."""
+    cosines, sines = rotation
+    return x * cosines + x.roll(x.shape[-1] // 2, dims=-1) * sines
+
+
+class Memory:
+    """What one block remembers of the positions it has read, so that a new one costs one position.
+
+    Without it, writing one more character would mean reading the whole window again. Keys and
+    values of the past never change, because no position sees what comes after it; so they are kept.
+    """
+
+    def __init__(self, batch: int, n_head: int, block_size: int, n_embd: int, like: torch.Tensor):
+        shape = (batch, n_head, block_size, n_embd // n_head)
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)  # (B, H, block, D)
+        self.neighbours = like.new_zeros(batch, REACH, n_embd)  # of the next position, oldest first
+
+
+class Cache(NamedTuple):
+    """The memories of all blocks. `length` positions have been read; the model counts them."""
+
+    memories: List[Memory]
+    neighbours: torch.Tensor
+    length: List[int]
+
+
+class NeighbourMix(nn.Module):
+    """Lets every position see a little of the three before it.
+
+    The characters just before are the best hint at the next one. Attention can learn to look one
+    step back, but it needs long to find out; a sum with learned weights has it from the start. One
+    weight per number and step back: a causal depthwise convolution, used in front of attention by
+    So et al. 2021 (Primer). The weights start at zero, so an untrained mix changes nothing.
+    """
+
+    def __init__(self, n_embd: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(REACH, n_embd))
+
+    def forward(self, x: torch.Tensor, before: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """(B, T, C) to (B, T, C); `before`, (B, REACH, C), is what came earlier and is updated."""
+        T = x.shape[1]
+        if before is None:
+            window = F.pad(x, (0, 0, REACH, 0))  # (B, REACH + T, C)
+        else:
+            window = torch.cat((before, x), dim=1)
+            before.copy_(window[:, T:])
+        for back in range(1, REACH + 1):
+            x = torch.addcmul(x, window[:, REACH - back : REACH - back + T], self.weight[back - 1])
+        return x
+
+
+class MultiHeadAttention(nn.Module):
+    """Lets every position collect what it needs from the positions before it.
+
+    Each position asks a question (its query), advertises what it has (its key) and offers something
+    (its value). It receives the average of all values up to its own, weighted by how well each key
+    answers the query. Several heads do so side by side, each with questions of its own (Vaswani et
+    al. 2017).
+    """
+
+    def __init__(self, n_embd: int, n_head: int) -> None:
+        super().__init__()
+        self.n_head = n_head
+        self.queries_keys_values = nn.Linear(n_embd, 3 * n_embd, bias=False)
+        self.output = nn.Linear(n_embd, n_embd, bias=False)
+
+    def project(self, x: torch.Tensor, rotation: Rotation) -> Tuple[torch.Tensor, ...]:
+        """Queries, keys and values of `x`, (B, T, C): three times (B, H, T, D)."""
+        B, T, C = x.shape
+        D = C // self.n_head
+        projected = self.queries_keys_values(x).view(B, T, 3 * self.n_head, D)
+        queries_keys, values = projected.split((2 * self.n_head, self.n_head), dim=2)
+        # Nothing else keeps queries and keys from growing until softmax picks a single position
+        # and stops learning; normalised, they allow a higher learning rate (Henry et al. 2020).
+        queries_keys = rotate(F.layer_norm(queries_keys, (D,)), rotation)  # (B, T, 2H, D)
+        queries, keys = queries_keys.transpose(1, 2).chunk(2, dim=1)
+        return queries, keys, values.transpose(1, 2)
+
+    @staticmethod
+    def weights(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """How much each position takes from each: (B, H, T, T), every row sums to 1.
+
+        This is the formula of the paper, softmax(QK^T / sqrt(D)), with the future masked out.
+        `forward` leaves it to PyTorch, which gets the same result without storing this table.
+        """
+        T, D = queries.shape[-2:]
+        # A dot product of D random terms has variance D, so raw scores grow with the head size and
+        # softmax would start out nearly one-hot, where its gradient vanishes. Dividing by sqrt(D)
+        # keeps them near 1 (Vaswani et al. 2017, section 3.2.1).
+        scores = queries @ keys.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, T)
+        # In training the answer stands in the window, one position later. Minus infinity becomes a
+        # weight of exactly zero: no position can look ahead.
+        future = torch.ones(T, T, dtype=torch.bool, device=scores.device).triu(diagonal=1)
+        return scores.masked_fill(future, -math.inf).softmax(dim=-1)
+
+    def forward(
+        self, x: torch.Tensor, rotation: Rotation, memory: Optional[Memory] = None, past: int = 0
+    ) -> torch.Tensor:
+        """(B, T, C) to (B, T, C); with a memory, the T positions come after its `past` ones."""
+        B, T, C = x.shape
+        queries, keys, values = self.project(x, rotation)
+        if memory is not None:
+            memory.keys[:, :, past : past + T] = keys
+            memory.values[:, :, past : past + T] = values
+            keys, values = memory.keys[:, :, : past + T], memory.values[:, :, : past + T]
+        mask = None  # a single new position may see everything there is
+        if past and T > 1:
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(diagonal=past)
+        collected = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=not past
+        )  # (B, H, T, D)
+        return self.output(collected.transpose(1, 2).reshape(B, T, C))
+
+
+class FeedForward(nn.Module):
+    """Lets every position think about what attention has brought, each on its own.
+
+    Attention only averages; here the result is bent. Wide layer, squared ReLU, and back: the square
+    makes it learn faster at no cost (So et al. 2021).
+    """
+
+    def __init__(self, n_embd: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(n_embd, 4 * n_embd, bias=False)
+        self.down = nn.Linear(4 * n_embd, n_embd, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) to (B, T, C)."""
+        return self.down(F.relu(self.up(x)).square())
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each adding to what is already there.
+
+    A deep stack is hard to train when every layer replaces its input: the signal fades on its way.
+    Here each part reads a normalised copy and adds its result, so that the input itself passes
+    through untouched (residual connections, He et al. 2015; LayerNorm in front, Xiong et al. 2020).
+    """
+
+    def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
+        super().__init__()
+        # No learned scale in LayerNorm: the matrix that reads its output can learn it as well.
+        self.norm = nn.LayerNorm(n_embd, elementwise_affine=False)
+        self.attention = MultiHeadAttention(n_embd, n_head)
+        self.mix = NeighbourMix(n_embd)
+        self.feed_forward = FeedForward(n_embd)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, x: torch.Tensor, rotation: Rotation, memory: Optional[Memory] = None, past: int = 0
+    ) -> torch.Tensor:
+        """(B, T, C) to (B, T, C)."""
+        x = x + self.dropout(self.attention(self.norm(x), rotation, memory, past))
+        mixed = self.mix(self.norm(x), memory and memory.neighbours)
+        return x + self.dropout(self.feed_forward(mixed))
+
+
+class TinyGPT(nn.Module):
+    """The whole model: ids in, a score (logit) for every possible next character out.
+
+    Raises ValueError for sizes that no model can have.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        block_size: int,
+        n_embd: int,
+        n_head: int,
+        n_layer: int,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if n_embd % (2 * n_head):
+            raise ValueError(f"n_embd {n_embd} is not a multiple of 2 * n_head ({2 * n_head})")
+        self.arguments = {
+            "vocab_size": vocab_size,
+            "block_size": block_size,
+            "n_embd": n_embd,
+            "n_head": n_head,
+            "n_layer": n_layer,
+            "dropout": dropout,
+        }
+        self.block_size = block_size
+        self.embedding = nn.Embedding(vocab_size, n_embd)  # one learned vector per character
+        self.mix = NeighbourMix(n_embd)
+        self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout) for _ in range(n_layer))
+        self.norm = nn.LayerNorm(n_embd, elementwise_affine=False)
+        self.head = nn.Linear(n_embd, vocab_size, bias=False)  # one score per character
+        # Tables that follow from the sizes are not worth a place in the checkpoint.
+        cosines, sines = rotation_table(block_size, n_embd // n_head)
+        self.register_buffer("cosines", cosines, persistent=False)
+        self.register_buffer("sines", sines, persistent=False)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Small random matrices, except that whatever writes a result starts at zero.
+
+        So every block begins as "change nothing" and all characters are equally likely: the first
+        loss is exactly ln(V), and learning starts from there instead of from random noise.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(self.embedding.weight)
+        nn.init.zeros_(self.head.weight)
+        for block in self.blocks:
+            nn.init.zeros_(block.attention.output.weight)
+            nn.init.zeros_(block.feed_forward.down.weight)
+
+    def new_cache(self, batch: int) -> Cache:
+        """An empty cache for `batch` windows read side by side."""
+        n_embd, n_head = self.arguments["n_embd"], self.arguments["n_head"]
+        like = self.embedding.weight.detach()
+        memories = [Memory(batch, n_head, self.block_size, n_embd, like) for _ in self.blocks]
+        return Cache(memories, like.new_zeros(batch, REACH, n_embd), [0])
+
+    def forward(self, tokens: torch.Tensor, cache: Optional[Cache] = None) -> torch.Tensor:
+        """Ids (B, T) to logits (B, T, V): at every position, scores for the character after it.
+
+        With a cache, the T ids come after those already read into it. Raises ValueError when all
+        of them together are longer than the context window.
+        """
+        T = tokens.shape[1]
+        past = cache.length[0] if cache else 0
+        if past + T > self.block_size:
+            raise ValueError(f"{past + T} characters do not fit into block_size {self.block_size}")
+        rotation = (self.cosines[past : past + T], self.sines[past : past + T])
+        x = self.norm(self.mix(self.embedding(tokens), cache and cache.neighbours))  # (B, T, C)
+        for index, block in enumerate(self.blocks):
+            x = block(x, rotation, cache and cache.memories[index], past)
+        if cache:
+            cache.length[0] += T
+        return self.head(self.norm(x))  # (B, T, V)
+
+
+# ---- Where to compute ------------------------------------------------------------------------
+
+
+class DeviceError(ValueError):
+    """A device that was asked for and cannot be used. The message says why."""
+
+
+def choose_device(wanted: str) -> Tuple[torch.device, str]:
+    """The device for "auto", "cpu", "cuda" or "mps" and, in a few words, why this one.
+
+    Raises DeviceError for a device that was asked for by name and does not work.
+    """
+    problem = "no CUDA GPU is visible"
+    if wanted in ("auto", "cuda"):
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            try:  # a GPU too old for this build of PyTorch is visible, yet cannot run anything
+                torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()
+                return device, torch.cuda.get_device_name(device)
+            except RuntimeError as error:
+                problem = f"the GPU is visible but cannot run a kernel: {first_line(error)}"
+        if wanted == "auto":
+            return torch.device("cpu"), problem
+        raise DeviceError(f"--device cuda cannot be used ({problem}); try --device cpu")
+    if wanted == "mps":
+        if not torch.backends.mps.is_available():
+            raise DeviceError("--device mps cannot be used (no MPS here); try --device cpu")
+        if leaks_future(torch.device("mps")):
+            raise DeviceError("attention on this MPS device sees the future; try --device cpu")
+    return torch.device(wanted), "as asked for"
+
+
+def leaks_future(device: torch.device) -> bool:
+    """Whether attention computed on `device` lets a position see a later one, as some Macs did."""
+    attention = MultiHeadAttention(n_embd=64, n_head=4).to(device)
+    rotation = tuple(table.to(device) for table in rotation_table(32, 16))
+    one = torch.randn(2, 32, 64).to(device)
+    other = torch.cat((one[:, :16], -one[:, 16:]), dim=1)  # differs in the second half only
+    with torch.no_grad():
+        difference = attention(one, rotation)[:, :16] - attention(other, rotation)[:, :16]
+    return not difference.abs().max().item() < 1e-5
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, in ASCII."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].encode("ascii", "backslashreplace").decode()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch or Python ran out of memory, on any device and any system."""
+    signs = (
+        "out of memory",
+        "can't allocate memory",
+        "not enough memory",
+        "bad alloc",
+        "bad_alloc",
+    )
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
+
+
+# ---- Saving: one file, whole or not at all -----------------------------------------------------
+
+FORMAT = 1  # grows when a file written today can no longer be read as it was
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used. The message says what is wrong with it."""
+
+
+class SaveError(Exception):
+    """A file that could not be written. What stood there before is untouched."""
+
+
+def save_checkpoint(
+    path: str,
+    model: TinyGPT,
+    characters: str,
+    weights: Optional[Dict[str, torch.Tensor]] = None,
+    training: Optional[Dict[str, Any]] = None,
+) -> None:
+    """Write all that generation needs, and in `training` what an unfinished run needs, to `path`.
+
+    `weights` are those to generate with, the model's present ones if absent. Raises SaveError.
+    """
+    contents = {
+        "format": FORMAT,
+        "model": model.arguments,
+        "vocabulary": characters,
+        "weights": to_cpu(model.state_dict() if weights is None else weights),
+    }
+    if training is not None:
+        contents["training"] = training
+    file = io.BytesIO()
+    torch.save(contents, file)
+    write_atomically(path, file.getbuffer())
+
+
+def to_cpu(tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Copies on the CPU, which later training steps do not change."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def write_atomically(path: str, data: Any) -> None:
+    """Replace the file `path` by `data`: at any moment, even of a crash, it is the old or the new.
+
+    Raises SaveError when the system refuses; then no temporary file stays behind.
+    """
+    path = os.path.realpath(path)
+    temporary = path + ".tmp"
+    try:
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # on the disk before the name points to it
+            os.replace(temporary, path)
+        except BaseException:
+            if os.path.exists(temporary):
+                os.remove(temporary)
+            raise
+        sync_folder(os.path.dirname(path))
+    except OSError as error:
+        raise SaveError(
+            f"cannot write {path!a}: {first_line(OSError(error.strerror or error))}; "
+            f"{len(data) / 1e6:.1f} MB are needed in that folder{free_space(path)}"
+        ) from error
+
+
+def sync_folder(folder: str) -> None:
+    """Make a new name in `folder` survive a power cut, where the system can (Windows cannot)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError as error:  # some network file systems cannot either
+            if error.errno != errno.EINVAL:
+                raise
+        finally:
+            os.close(handle)
+
+
+def free_space(path: str) -> str:
+    """The free space beside `path` as the end of a sentence, or nothing if nobody can tell."""
+    try:
+        return f", {shutil.disk_usage(os.path.dirname(path)).free / 1e6:.1f} MB are free"
+    except OSError:
+        return ""
+
+
+def check_writable(path: str) -> None:
+    """Raise SaveError unless a file can be written beside `path` and put in its place."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise SaveError(f"{path!a} is not a file and cannot be replaced by one; name another")
+    temporary = os.path.realpath(path) + ".tmp"
+    try:
+        with open(temporary, "wb"):
+            pass
+        os.remove(temporary)
+    except OSError as error:
+        raise SaveError(f"cannot write beside {path!a}: {error.strerror}") from error
+
+
+def keep_previous(path: str) -> Optional[str]:
+    """Copy the file `path`, if there is one, to NAME.previous.EXT beside it; return that name."""
+    if not os.path.exists(path):
+        return None
+    stem, extension = os.path.splitext(path)
+    try:
+        with open(path, "rb") as file:
+            write_atomically(f"{stem}.previous{extension}", file.read())
+    except OSError as error:
+        raise SaveError(f"cannot read {path!a} to keep it: {error.strerror}") from error
+    return f"{stem}.previous{extension}"
+
+
+# ---- Loading: a checkpoint may come from a stranger --------------------------------------------
+
+# The largest sizes that are believed, so that a forged header cannot ask for the whole memory.
+LARGEST = {
+    "vocab_size": sys.maxunicode + 1,
+    "block_size": 65_536,
+    "n_embd": 65_536,
+    "n_head": 1_024,
+    "n_layer": 1_000,
+}
+
+# What torch.load, given a damaged or forged file, has been seen to raise.
+UNREADABLE = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    EOFError,
+    OSError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
+
+
+def load_checkpoint(path: str) -> Tuple[TinyGPT, str, Optional[Dict[str, Any]]]:
+    """The model on the CPU in eval mode, its vocabulary, and what an unfinished run left behind.
+
+    Nothing in the file is executed, and no field is believed before it is checked. The third part
+    (None for a finished run) is for chapter 4, which checks it. Raises CheckpointError.
+    """
+    try:
+        contents = read_safely(path)
+        model = build_checked(contents, os.path.getsize(path))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"no file {path!a}; train a model first: train_model.py") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path!a} is not a usable checkpoint: {error}") from error
+    return model.eval(), contents["vocabulary"], contents.get("training")
+
+
+def read_safely(path: str) -> Any:
+    """What `torch.load` finds in the file, once its wrapping has proved harmless."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise CheckpointError("it is not a file")
+    try:
+        with open(path, "rb") as file:
+            check_zip(file, os.path.getsize(path))
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except UNREADABLE as error:
+        raise CheckpointError(f"it cannot be read ({first_line(error)})") from error
+
+
+def check_zip(file: Any, size: int) -> None:
+    """Refuse a file that is not a plain, intact, uncompressed zip, before torch.load sees it.
+
+    Older PyTorch formats could run code even with `weights_only=True` (CVE-2025-32434), and
+    compressed members could unpack to more than the memory holds. Raises CheckpointError.
+    """
+    if not zipfile.is_zipfile(file):
+        raise CheckpointError("not PyTorch's zip format")
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise CheckpointError("its parts are compressed, which PyTorch never does")
+        if sum(max(member.file_size, member.compress_size) for member in members) > size:
+            raise CheckpointError("its parts claim to be larger than the file")
+        damaged = archive.testzip()  # compares every part with its checksum
+        if damaged is not None:
+            raise CheckpointError(f"the part {damaged!a} is damaged")
+
+
+def build_checked(contents: Any, file_size: int) -> TinyGPT:
+    """The model that the checkpoint describes, each field checked before memory is spent on it."""
+    if not isinstance(contents, dict):
+        raise CheckpointError(f"it holds a {type(contents).__name__}, not a dict")
+    if contents and all(isinstance(value, torch.Tensor) for value in contents.values()):
+        raise CheckpointError(
+            "it holds bare weights (a state_dict) without sizes and vocabulary, as older scripts "
+            "saved them; train again with train_model.py"
+        )
+    version = contents.get("format")
+    if type(version) is int and version > FORMAT:
+        raise CheckpointError(f"format {version} is newer than this TinyGPT reads; update it")
+    if type(version) is not int or version != FORMAT:
+        raise CheckpointError("it names no known format")
+    expected = {"format", "model", "vocabulary", "weights"}
+    if set(contents) - {"training"} != expected:
+        raise CheckpointError(f"it should hold {', '.join(sorted(expected))} and nothing else")
+    arguments, characters, weights = (contents[k] for k in ("model", "vocabulary", "weights"))
+
+    if not isinstance(arguments, dict) or set(arguments) != {*LARGEST, "dropout"}:
+        raise CheckpointError(f"its model needs {', '.join(LARGEST)} and dropout")
+    for name, largest in LARGEST.items():
+        if type(arguments[name]) is not int or not 1 <= arguments[name] <= largest:
+            raise CheckpointError(f"{name} is not a whole number from 1 to {largest:,}")
+    if type(arguments["dropout"]) is not float or not 0 <= arguments["dropout"] < 1:
+        raise CheckpointError("dropout is not a number from 0 to 1")
+    if type(characters) is not str or len(characters) != arguments["vocab_size"]:
+        raise CheckpointError("its vocabulary is not a text of vocab_size characters")
+    if any(one >= next_one for one, next_one in zip(characters, characters[1:])):
+        raise CheckpointError("its vocabulary has a character twice or is not in order")
+    if not isinstance(weights, dict) or arguments["n_layer"] > len(weights):
+        raise CheckpointError("it has fewer weights than layers")
+
+    try:
+        with torch.device("meta"):  # shapes without memory
+            expected_weights = TinyGPT(**arguments).state_dict()
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    check_tensors("weights", weights, expected_weights, file_size)
+    model = TinyGPT(**arguments)
+    model.load_state_dict(weights)
+    return model
+
+
+def check_tensors(
+    kind: str, found: Any, expected: Dict[str, torch.Tensor], most_bytes: float = math.inf
+) -> None:
+    """Raise CheckpointError unless `found` has the names, shapes and types expected, all finite."""
+    if not isinstance(found, dict) or set(found) != set(expected):
+        raise CheckpointError(f"its {kind} are not those of the model it describes")
+    for name, tensor in expected.items():
+        one = found[name]
+        if not isinstance(one, torch.Tensor) or one.shape != tensor.shape:
+            raise CheckpointError(f"{name} in its {kind} is not of shape {tuple(tensor.shape)}")
+        if one.dtype != torch.float32 or one.layout != torch.strided or one.device.type != "cpu":
+            raise CheckpointError(f"{name} in its {kind} is not a plain float32 tensor")
+        # Strides can make a few stored bytes look like any number of weights.
+        most_bytes -= 4 * one.numel()
+        if not one.is_contiguous() or most_bytes < 0:
+            raise CheckpointError(f"its {kind} claim to be larger than the file")
+        if not torch.isfinite(one).all():
+            raise CheckpointError(f"{name} in its {kind} has values that are not finite")
+
+
+def main() -> None:
+    """Show shapes, parameters, one attention triangle and the untrained loss on a real text."""
+    with open(__file__, encoding="utf-8") as file:  # any text will do: this very file
+        text = file.read()
+    characters = sorted(set(text))
+    ids = torch.tensor([characters.index(c) for c in text[: 4 * 64 + 1]])
+    torch.manual_seed(1337)
+    model = TinyGPT(len(characters), block_size=64, n_embd=128, n_head=4, n_layer=4)
+    inputs, targets = ids[:-1].view(4, 64), ids[1:].view(4, 64)
+
+    def show(name: str, tensor: torch.Tensor, letters: str) -> None:
+        print(f"  {name:<28}{letters:<14}{tuple(tensor.shape)}")
+
+    print("shapes, as a batch flows through:")
+    rotation = (model.cosines, model.sines)
+    x = model.norm(model.mix(model.embedding(inputs)))
+    queries, keys, values = model.blocks[0].attention.project(x, rotation)
+    show("ids", inputs, "(B, T)")
+    show("after the embedding", x, "(B, T, C)")
+    show("queries, keys, values, each", queries, "(B, H, T, D)")
+    weights = MultiHeadAttention.weights(queries, keys)
+    show("attention weights", weights, "(B, H, T, T)")
+    show("collected values", weights @ values, "(B, H, T, D)")
+    show("after each block", model.blocks[0](x, rotation), "(B, T, C)")
+    logits = model(inputs)
+    show("logits", logits, "(B, T, V)")
+
+    print("\nparameters:")
+    for name, part in model.named_children():
+        print(f"  {name:<28}{sum(p.numel() for p in part.parameters()):>10,}")
+    print(f"  {'all':<28}{sum(p.numel() for p in model.parameters()):>10,}")
+
+    print(
+        f"\nattention weights of the first head over {text[:8]!a}, in percent; a row is a position:"
+    )
+    for row in weights[0, 0, :8, :8]:
+        print("  " + "".join(f"{100 * weight:5.0f}" for weight in row.tolist()))
+
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+    print(
+        f"\nuntrained loss {loss:.4f}, ln(V) = ln({len(characters)}) = {math.log(len(characters)):.4f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

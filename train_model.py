@@ -1,0 +1,830 @@
+"""Chapter 4 of 5: learning from a text.
+
+At the end of this file you know how a model that guesses blindly becomes one that writes: it reads
+a batch, is told how surprised it should be (the loss), asks in which direction each parameter would
+lower that surprise (the gradient), takes a small step, and repeats. It takes the dials, the batches
+and the model of the chapters before; it hands chapter 5 the file tiny_gpt_model.pth.
+
+    python train_model.py                       learns from input.txt
+    python train_model.py --n_layer 6           turns one dial, for this run
+    python train_model.py --resume              continues a run that was interrupted
+
+The order is that of understanding: measuring, the step size, the optimizer, one step, the run. What
+protects the work (signals, saving, several processes) comes after it and is skipped at first.
+"""
+
+import argparse
+import contextlib
+import csv
+import io
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from typing import Any, Dict, List, NamedTuple, Optional
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data_handling import (
+    TextError,
+    fingerprint,
+    gather,
+    load_text,
+    shuffled_windows,
+    split,
+    windows_in,
+)
+from hyperparameters import (
+    PRESETS,
+    DialError,
+    Hyperparameters,
+    OneSentenceParser,
+    add_dial_flags,
+    dials_given,
+    steady_output,
+)
+from model_architecture import (
+    CheckpointError,
+    DeviceError,
+    SaveError,
+    TinyGPT,
+    check_tensors,
+    check_writable,
+    choose_device,
+    first_line,
+    is_out_of_memory,
+    keep_previous,
+    load_checkpoint,
+    save_checkpoint,
+    to_cpu,
+    write_atomically,
+)
+
+EVALUATION_BATCH = 64  # windows measured at once
+
+
+@torch.no_grad()
+def evaluate(model: TinyGPT, ids: torch.Tensor) -> float:
+    """Mean cross-entropy in nats a character over all of `ids`, in windows side by side.
+
+    Random batches would give a different figure every time; one exact pass repeats to the last
+    digit. Only the rest at the end that does not fill a window is left out. Dropout is off, in full
+    precision; the mode that the model was in is restored.
+    """
+    block_size, was_training = model.block_size, model.training
+    starts = torch.arange(0, len(ids) - block_size, block_size, device=ids.device)
+    total = 0.0
+    model.eval()
+    for some in starts.split(EVALUATION_BATCH):
+        inputs, targets = gather(ids, some, block_size)
+        logits = model(inputs)
+        total += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+    model.train(was_training)
+    return total / (len(starts) * block_size)
+
+
+def learning_rate_at(step: int, total_steps: int, dials: Hyperparameters) -> float:
+    """The step size for step number `step`, counted from 0.
+
+    Fresh parameters point in no direction worth following far, and AdamW's averages are still
+    empty, so the rate climbs during warm-up. From there it falls on a straight line to zero: big
+    steps find the region, small ones settle in it. The last step is the smallest above zero.
+    """
+    warmup = min(dials.warmup_steps, total_steps // 10)
+    if step < warmup:
+        return dials.learning_rate * (step + 1) / (warmup + 1)
+    return dials.learning_rate * (total_steps - step) / (total_steps - warmup)
+
+
+def make_optimizer(model: TinyGPT, dials: Hyperparameters) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019): every parameter gets a step size of its own.
+
+    It divides each gradient by its usual size, so rarely used parameters move as well. Weight decay
+    pulls matrices towards zero, which keeps any one number from dominating; vectors have no such
+    freedom and are left alone.
+    """
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": dials.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    # One fused kernel for all parameters; PyTorch has it on CUDA, and on a CPU since 2.4.
+    newest = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 4)
+    kind = model.embedding.weight.device.type
+    fused = kind == "cuda" or (kind == "cpu" and newest)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, dials.beta2), fused=fused)
+
+
+class Progress:
+    """How far a run has come: all that a resumed run needs beside weights and optimizer."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.step = 0  # optimizer steps taken, over all epochs
+        # Summed where it is computed: reading it at every step would make a GPU wait for Python.
+        kind = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        self.loss_sum = torch.zeros((), dtype=kind, device=device)  # of the windows of this epoch
+        self.rows: List[List[float]] = []  # the finished epochs, as in the log file
+        self.best_loss = math.inf
+        self.best_weights: Optional[Dict[str, torch.Tensor]] = None
+        self.seconds = 0.0  # spent on steps, in all sessions together
+
+
+class Run(NamedTuple):
+    """All that one training run works with."""
+
+    dials: Hyperparameters
+    model: TinyGPT
+    learner: torch.nn.Module  # the same model, perhaps compiled or spread over processes
+    optimizer: torch.optim.AdamW
+    precision: "Precision"
+    train_ids: torch.Tensor
+    held_out_ids: torch.Tensor
+    progress: Progress
+    processes: "Processes"
+    files: "Files"
+
+    @property
+    def steps_per_epoch(self) -> int:
+        windows = windows_in(len(self.train_ids), self.dials.block_size)
+        return math.ceil(windows / self.dials.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        return self.dials.epochs * self.steps_per_epoch
+
+
+def take_step(run: Run, starts: torch.Tensor) -> None:
+    """Learn from the windows that begin at `starts`, (B,)."""
+    dials, progress, optimizer, scaler = (
+        run.dials,
+        run.progress,
+        run.optimizer,
+        run.precision.scaler,
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate_at(progress.step, run.total_steps, dials)
+
+    mine = starts[run.processes.rank :: run.processes.count]  # all of them, in a single process
+    inputs, targets = gather(run.train_ids, mine, dials.block_size)  # (B, T) each
+    with run.precision.context():
+        logits = run.learner(inputs)  # (B, T, V)
+    # Cross-entropy: the surprise, -ln p, at the character that really came next, averaged. The
+    # optimizer averages over processes; dividing by everybody's windows makes that their sum.
+    loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+    loss = loss / (len(starts) * dials.block_size)
+    progress.loss_sum += loss.detach() * len(starts)
+
+    scaler.scale(loss * run.processes.count).backward()  # the gradient of every parameter
+    scaler.unscale_(optimizer)
+    # A single odd batch can ask for a huge step; no step may be longer than a usual one.
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), dials.gradient_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    progress.step += 1
+
+
+def train_epoch(run: Run, epoch: int, stop: "StopRequest", bar: tqdm) -> float:
+    """What is left of one epoch; return its mean training loss in nats a character."""
+    progress, dials = run.progress, run.dials
+    starts = shuffled_windows(len(run.train_ids), dials.block_size, dials.seed, epoch)
+    starts = starts.to(run.train_ids.device)
+    clock = time.perf_counter() - progress.seconds
+    for step in range(progress.step - epoch * run.steps_per_epoch, run.steps_per_epoch):
+        take_step(run, starts[step * dials.batch_size : (step + 1) * dials.batch_size])
+        progress.seconds = time.perf_counter() - clock
+        bar.update()
+        protect_progress(run, stop)
+    loss = run.processes.total(progress.loss_sum) / len(starts)
+    progress.seconds = time.perf_counter() - clock  # a GPU has finished its work only now
+    return loss
+
+
+def train(run: Run, stop: "StopRequest") -> None:
+    """Every epoch from where `run.progress` stands. Raises Stopped and Diverged, with all saved."""
+    progress, dials = run.progress, run.dials
+    with progress_bar(run) as bar:
+        for epoch in range(len(progress.rows), dials.epochs):
+            step, seconds = progress.step, progress.seconds
+            train_loss = train_epoch(run, epoch, stop, bar)
+            val_loss = evaluate(run.model, run.held_out_ids) if run.processes.rank == 0 else 0.0
+            check_finite(run, train_loss + val_loss)
+            if val_loss < progress.best_loss:
+                progress.best_loss, progress.best_weights = val_loss, to_cpu(run.model.state_dict())
+            progress.rows.append([epoch + 1, progress.step, train_loss, val_loss, progress.seconds])
+            progress.loss_sum.zero_()
+            report_epoch(run, progress.step - step, progress.seconds - seconds)
+            run.files.save(run)
+
+
+# ---- What the reader sees ----------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    """Print a line on stdout without tearing the progress bar on stderr."""
+    tqdm.write(text, file=sys.stdout)
+
+
+def progress_bar(run: Run) -> tqdm:
+    """One bar over the whole run, so that its time left answers how long this will take.
+
+    Where stderr is no terminal (a log file), there is none: the line per epoch has to do.
+    """
+    return tqdm(
+        total=run.total_steps,
+        initial=run.progress.step,
+        disable=True if run.processes.rank else None,
+        dynamic_ncols=True,
+        desc="training",
+        unit="step",
+    )
+
+
+def describe(run: Run, path: str, vocab_size: int, device: torch.device, why: str) -> None:
+    """Say what is about to happen."""
+    dials, train_size, held_out_size = run.dials, len(run.train_ids), len(run.held_out_ids)
+    parameters = sum(p.numel() for p in run.model.parameters())
+    number = {None: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    say(f"device    {device} ({why}), {number[run.precision.autocast]} matrix products")
+    say(f"text      {path!a}: {train_size + held_out_size:,} characters, {vocab_size} different")
+    say(f"split     {train_size:,} characters to train on, {held_out_size:,} held out")
+    say(
+        f"model     {parameters:,} parameters: {dials.n_layer} layers of {dials.n_head} heads, width "
+        f"{dials.n_embd}, window {dials.block_size}"
+    )
+    say(
+        f"training  {dials.epochs} epochs of {run.steps_per_epoch:,} steps, {dials.batch_size} windows "
+        f"a step; guessing blindly costs {math.log(vocab_size):.4f} nats"
+    )
+
+
+def report_epoch(run: Run, steps: int, seconds: float) -> None:
+    """One line for the epoch that just ended; `steps` and `seconds` are those of this session."""
+    if run.processes.rank:
+        return
+    epoch, step, train_loss, val_loss, _ = run.progress.rows[-1]
+    characters = steps * run.dials.batch_size * run.dials.block_size
+    left = (run.total_steps - step) * seconds / max(steps, 1)
+    say(
+        f"epoch {epoch}/{run.dials.epochs}  step {step:,}  train loss {train_loss:.4f}  val loss "
+        f"{val_loss:.4f} ({val_loss / math.log(2):.3f} bits/char)  "
+        f"{characters / max(seconds, 1e-9):,.0f} chars/s  {tqdm.format_interval(left)} left"
+    )
+
+
+# What follows protects the work and spreads it over devices. A first reader can skip to main.
+
+# ---- Protection: stopping, saving, resuming ----------------------------------------------------
+
+
+class Diverged(Exception):
+    """The loss is no longer a number. The message says what to do."""
+
+
+class Stopped(Exception):
+    """A signal asked to stop, and what there was is saved."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
+
+class StopRequest:
+    """Remembers the first Ctrl-C or SIGTERM until the step is done; a second one quits at once."""
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        self.handlers: Dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            # Ignored SIGHUP is nohup's doing: the run is meant to outlive its terminal.
+            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                self.handlers[number] = signal.signal(number, self.receive)
+        return self
+
+    def receive(self, number: int, _frame: Any) -> None:
+        self.signal_number = number
+        for each in self.handlers:
+            signal.signal(each, signal.SIG_DFL)
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+def protect_progress(run: Run, stop: StopRequest) -> None:
+    """After a step: see that the loss is a number, save when it is time, stop when asked to."""
+    if run.progress.step % 50 == 0:
+        check_finite(run, run.progress.loss_sum.item(), weights=False)
+    signal_number, save = run.processes.agree(stop.signal_number, run.files.save_is_due(run.dials))
+    if signal_number or save:
+        check_finite(run, run.progress.loss_sum.item())
+        saved = run.files.save(run)
+        if signal_number and saved:
+            raise Stopped(signal_number)
+        if signal_number:
+            raise SaveError(f"stopped at step {run.progress.step:,}, and nothing could be saved")
+
+
+def check_finite(run: Run, loss: float, weights: bool = True) -> None:
+    """Raise Diverged when the loss, or one of the weights, has become NaN or infinite."""
+    parameters = run.model.parameters() if weights else ()
+    if not math.isfinite(loss) or not all(torch.isfinite(p).all() for p in parameters):
+        raise Diverged(
+            f"training diverged before step {run.progress.step:,}: the loss is no longer a number; "
+            f"start again with a lower learning_rate than {run.dials.learning_rate:g}. What was "
+            "saved before stays as it is"
+        )
+
+
+class Files:
+    """The two files of a run: the checkpoint, and the log that is written anew from its rows."""
+
+    def __init__(self, checkpoint: str, log: str, characters: str, text: str, fresh: bool) -> None:
+        self.checkpoint, self.log = checkpoint, log
+        self.characters, self.text = characters, text  # the vocabulary, and the fingerprint
+        self.keep = [checkpoint, log] if fresh else []  # older work that the first save replaces
+        self.unsaved = ""  # what the last failed save said
+        self.last_save = time.monotonic()
+
+    def save_is_due(self, dials: Hyperparameters) -> bool:
+        return time.monotonic() - self.last_save > 60 * dials.save_minutes
+
+    def save(self, run: Run) -> bool:
+        """Write both files; return whether it worked. A full disk must not end a night of training.
+
+        All processes take part, and only the first one writes.
+        """
+        self.last_save = time.monotonic()
+        progress = run.progress
+        finished = len(progress.rows) == run.dials.epochs
+        training = None if finished else unfinished(run, self.text)
+        if run.processes.rank:
+            return True
+        try:
+            while self.keep:
+                kept = keep_previous(self.keep[0])
+                if kept:
+                    say(f"{self.keep[0]!a} existed; it is kept as {kept!a}")
+                self.keep.pop(0)
+            save_checkpoint(
+                self.checkpoint, run.model, self.characters, progress.best_weights, training
+            )
+            self.write_log(progress.rows)
+            self.unsaved = ""
+        except SaveError as error:
+            self.unsaved = str(error)
+            say(f"warning: not saved at step {progress.step:,}: {error}; training goes on")
+        return not self.unsaved
+
+    def write_log(self, rows: List[List[float]]) -> None:
+        """The log as the checkpoint knows it: after a crash it has each row once."""
+        if rows:
+            write_atomically(self.log, log_text(rows).encode("ascii"))
+
+
+def log_text(rows: List[List[float]]) -> str:
+    """training_log.csv: a header and one row per finished epoch; losses in nats a character."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["epoch", "step", "train_loss", "val_loss", "seconds"])
+    for epoch, step, train_loss, val_loss, seconds in rows:
+        writer.writerow([epoch, step, repr(train_loss), repr(val_loss), f"{seconds:.1f}"])
+    return text.getvalue()
+
+
+def unfinished(run: Run, text: str) -> Dict[str, Any]:
+    """All that an exact resume needs, in tensors and plain Python: the part that `restore` reads."""
+    progress, state = run.progress, run.optimizer.state
+    names = dict(run.model.named_parameters())
+    zeros = {name: torch.zeros_like(p) for name, p in names.items()}
+    average = {n: state[p]["exp_avg"] if state.get(p) else zeros[n] for n, p in names.items()}
+    square = {n: state[p]["exp_avg_sq"] if state.get(p) else zeros[n] for n, p in names.items()}
+    updates = [int(state[p]["step"]) for p in names.values() if state.get(p)]
+    cuda = run.train_ids.device.type == "cuda"
+    return {
+        "dials": asdict(run.dials),
+        "text": text,
+        "step": progress.step,
+        "loss_sum": run.processes.total(progress.loss_sum),
+        "rows": progress.rows,
+        "best_loss": progress.best_loss,
+        "seconds": progress.seconds,
+        "weights": to_cpu(run.model.state_dict()),
+        "average": to_cpu(average),
+        "square": to_cpu(square),
+        "updates": updates[0] if updates else 0,
+        "scaler": run.precision.scaler.state_dict(),
+        "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state(run.train_ids.device) if cuda else None,
+    }
+
+
+def restore(run: Run, training: Dict[str, Any]) -> None:
+    """Put a run back to where `unfinished` left it. Raises CheckpointError for impossible values."""
+    progress, model = run.progress, run.model
+    try:
+        progress.step, progress.seconds = training["step"], training["seconds"]
+        progress.rows, progress.best_loss = training["rows"], training["best_loss"]
+        epochs_done = len(progress.rows)
+        first, last = (n * run.steps_per_epoch for n in (epochs_done, epochs_done + 1))
+        numbers = [
+            progress.seconds,
+            training["loss_sum"],
+            *(x for row in progress.rows for x in row),
+        ]
+        if not (
+            type(progress.step) is type(training["updates"]) is int
+            and first <= progress.step <= last <= run.total_steps
+            and 0 <= training["updates"] <= progress.step
+            and all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
+            and all(type(row) is list and len(row) == 5 for row in progress.rows)
+            and type(progress.best_loss) is float
+        ):
+            raise ValueError("step, losses and log do not fit together")
+        expected = {name: p.detach().to("meta") for name, p in model.state_dict().items()}
+        for kind in ("weights", "average", "square"):
+            check_tensors(kind, training[kind], expected)
+        progress.best_weights = to_cpu(model.state_dict()) if progress.rows else None
+        model.load_state_dict(training["weights"])
+        if run.processes.rank == 0:
+            progress.loss_sum.fill_(training["loss_sum"])
+        restore_optimizer(run.optimizer, model, training)
+        run.precision.scaler.load_state_dict(training["scaler"])
+        torch.set_rng_state(training["random"])
+        if training["random_cuda"] is not None and run.train_ids.device.type == "cuda":
+            torch.cuda.set_rng_state(training["random_cuda"], run.train_ids.device)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(
+            f"the unfinished run in it is damaged: {first_line(error)}"
+        ) from error
+
+
+def restore_optimizer(
+    optimizer: torch.optim.AdamW, model: TinyGPT, training: Dict[str, Any]
+) -> None:
+    """Give AdamW its averages back, in the order in which it numbers the parameters."""
+    state = optimizer.state_dict()
+    if training["updates"]:
+        name_of = {p: name for name, p in model.named_parameters()}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        state["state"] = {
+            index: {
+                "step": torch.tensor(float(training["updates"])),
+                "exp_avg": training["average"][name_of[p]],
+                "exp_avg_sq": training["square"][name_of[p]],
+            }
+            for index, p in enumerate(parameters)
+        }
+        optimizer.load_state_dict(state)
+
+
+# ---- Speed: number formats, compilation, several processes ---------------------------------------
+
+
+class Precision(NamedTuple):
+    """In which number format matrix products run; None is plain float32."""
+
+    device: str
+    autocast: Optional[torch.dtype]
+    scaler: Any  # float16 cannot hold small gradients: they are scaled up before, down after
+
+    def context(self) -> Any:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device, dtype=self.autocast)
+
+
+def choose_precision(device: torch.device) -> Precision:
+    """bfloat16 where the GPU has it in hardware, float16 on older ones, float32 elsewhere."""
+    autocast = None
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # what stays float32 may use TF32
+        # is_bf16_supported() would also say yes to a slow emulation.
+        has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        autocast = torch.bfloat16 if has_bfloat16 else torch.float16
+    return Precision(device.type, autocast, make_scaler(device.type, autocast))
+
+
+def make_scaler(device: str, autocast: Optional[torch.dtype]) -> Any:
+    """A gradient scaler that works for float16 and lets everything pass otherwise."""
+    if hasattr(torch.amp, "GradScaler"):
+        return torch.amp.GradScaler(device, enabled=autocast == torch.float16)
+    return torch.cuda.amp.GradScaler(enabled=False)  # PyTorch 2.2, the last on Intel Macs
+
+
+def compiled(model: TinyGPT, wanted: str, ids: torch.Tensor, precision: Precision) -> Any:
+    """The model compiled, if `wanted` ("on", "off", "auto") says so and one real step succeeds.
+
+    The compiler needs a C++ compiler or Triton, which many machines lack: then one warning, and the
+    model as it is. "auto" compiles on CUDA only; on a CPU it takes longer than it saves in minutes.
+    """
+    if wanted == "off" or (wanted == "auto" and ids.device.type != "cuda"):
+        return model
+    random = torch.get_rng_state()
+    inputs, _ = gather(ids, torch.zeros(1, dtype=torch.long, device=ids.device), model.block_size)
+    try:
+        faster = torch.compile(model)
+        with precision.context():
+            faster(inputs).sum().backward()
+        return faster
+    except (
+        RuntimeError,
+        OSError,
+        ImportError,
+        AttributeError,
+        subprocess.SubprocessError,
+    ) as error:
+        say(f"warning: the model cannot be compiled here, going on without: {first_line(error)}")
+        return model
+    finally:
+        torch.set_rng_state(random)
+        model.zero_grad(set_to_none=True)
+
+
+class Processes:
+    """This process among those of one run. A run that torchrun did not start has one process."""
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", 0))
+        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.group: Any = None
+
+    def join(self, device: torch.device) -> None:
+        """Meet the other processes; afterwards gradients and sums can be shared."""
+        if self.count > 1:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            self.group = dist.new_group(backend="gloo")  # for numbers that are not on a GPU
+
+    def spread(self, learner: torch.nn.Module) -> torch.nn.Module:
+        """The same model, its gradients averaged over all processes at every step."""
+        if self.count == 1:
+            return learner
+        return torch.nn.parallel.DistributedDataParallel(learner, broadcast_buffers=False)
+
+    def agree(self, *wishes: int) -> List[int]:
+        """The largest wish of any process: all must stop, or save, after the same step."""
+        if self.count == 1:
+            return list(wishes)
+        votes = torch.tensor(wishes, dtype=torch.long)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group)
+        return votes.tolist()
+
+    def total(self, value: torch.Tensor) -> float:
+        """The sum of `value` over all processes."""
+        if self.count == 1:
+            return value.item()
+        value = value.detach().cpu().clone()
+        dist.all_reduce(value, group=self.group)
+        return value.item()
+
+    def lost(self, error: BaseException) -> bool:
+        """Whether `error` only says that another process is gone."""
+        signs = ("connection", "peer", "gloo", "nccl", "timed out")
+        return self.count > 1 and any(sign in str(error).lower() for sign in signs)
+
+    def leave(self) -> None:
+        """Part from the others; harmless where there are none."""
+        if self.group is not None:
+            dist.destroy_process_group()
+
+
+# ---- The command line ------------------------------------------------------------------------
+
+
+def parse(argv: Optional[List[str]]) -> argparse.Namespace:
+    """The flags of `python train_model.py`, dials included."""
+    parser = OneSentenceParser(
+        prog="train_model.py", description="Train TinyGPT on a text.", allow_abbrev=False
+    )
+    parser.add_argument("--input", default="input.txt", help="the text to learn from (%(default)s)")
+    parser.add_argument(
+        "--checkpoint", default="tiny_gpt_model.pth", help="the model's file (%(default)s)"
+    )
+    parser.add_argument("--log", default="training_log.csv", help="a table (%(default)s)")
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda", "mps"],
+        default="auto",
+        help="where to compute; auto takes a CUDA GPU if there is one, else the CPU",
+    )
+    parser.add_argument(
+        "--preset",
+        choices=["auto", *PRESETS],
+        default="auto",
+        help="the set of dials to begin with; auto takes gpu on a GPU, else laptop",
+    )
+    parser.add_argument(
+        "--compile",
+        choices=["auto", "on", "off"],
+        nargs="?",
+        const="on",
+        default="auto",
+        help="compile the model first; auto does so on CUDA only",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the unfinished run in the checkpoint"
+    )
+    add_dial_flags(parser)
+    return parser.parse_args(argv)
+
+
+def choose_dials(
+    arguments: argparse.Namespace, device: torch.device, training: Optional[Dict[str, Any]]
+) -> Hyperparameters:
+    """The preset, changed by the flags; on resume those of the checkpoint, which no flag may change.
+
+    Raises DialError.
+    """
+    preset = arguments.preset
+    if preset == "auto":
+        preset = "laptop" if device.type == "cpu" else "gpu"
+    wanted = {**asdict(PRESETS[preset]), **dials_given(arguments)}
+    if training is None:
+        return Hyperparameters(**wanted)
+    saved = training.get("dials")
+    if not isinstance(saved, dict) or not set(saved) <= set(wanted):
+        raise CheckpointError("its dials are not those of this TinyGPT")
+    dials = Hyperparameters(**{**asdict(PRESETS["laptop"]), **saved})
+    asked = wanted if arguments.preset != "auto" else dials_given(arguments)
+    differences = [
+        f"{name} is {saved_value}, not {asked[name]}"
+        for name, saved_value in asdict(dials).items()
+        if name in asked and asked[name] != saved_value
+    ]
+    if differences:
+        raise DialError(
+            f"the run to resume in {arguments.checkpoint!a} has other dials: "
+            f"{'; '.join(differences)}. Leave these flags out, or start a new run without --resume"
+        )
+    return dials
+
+
+def check_paths(arguments: argparse.Namespace) -> None:
+    """Refuse, before any work is done, files that cannot be written or would replace each other."""
+    named = ["input", "checkpoint", "log"]
+    real = [os.path.realpath(getattr(arguments, name)) for name in named]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        if real[a] == real[b]:
+            raise SaveError(f"--{named[a]} and --{named[b]} are both {real[a]!a}; name two files")
+    check_writable(arguments.checkpoint)
+    check_writable(arguments.log)
+
+
+def check_memory(dials: Hyperparameters, vocab_size: int) -> None:
+    """Raise MemoryError for a run that this machine cannot hold, before the system kills it.
+
+    A lower bound: weights, gradients and AdamW's two averages, and what one step keeps.
+    """
+    if not hasattr(os, "sysconf"):  # Windows refuses what does not fit by itself
+        return
+    parameters = 12 * dials.n_layer * dials.n_embd**2 + 2 * vocab_size * dials.n_embd
+    kept = 20 * dials.n_embd * dials.n_layer + 2 * vocab_size  # numbers per position
+    positions = dials.batch_size * dials.block_size
+    needed = 16 * parameters + 4 * kept * positions
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > installed:
+        raise MemoryError(f"{needed / 1e9:,.0f} GB are needed, {installed / 1e9:,.0f} GB installed")
+
+
+def resume_command(arguments: argparse.Namespace) -> str:
+    """The command that continues this run."""
+    command = ["python", "train_model.py", "--resume"]
+    for name, usual in (
+        ("input", "input.txt"),
+        ("checkpoint", "tiny_gpt_model.pth"),
+        ("log", "training_log.csv"),
+        ("device", "auto"),
+    ):
+        if getattr(arguments, name) != usual:
+            command += [f"--{name}", getattr(arguments, name)]
+    return shlex.join(command)
+
+
+def prepare(arguments: argparse.Namespace, processes: Processes) -> Optional[Run]:
+    """Read text and checkpoint, check everything, build the run; None if it is finished already."""
+    check_paths(arguments)
+    training = None
+    if arguments.resume:
+        model, characters, training = load_checkpoint(arguments.checkpoint)
+        if training is None:
+            say(f"the run in {arguments.checkpoint!a} is finished; there is nothing to resume")
+            return None
+    device, why = choose_device(arguments.device)
+    dials = choose_dials(arguments, device, training)
+    tokenizer, ids = load_text(arguments.input)
+    text = fingerprint(tokenizer, ids)
+    if training is not None and training.get("text") != text:
+        raise TextError(
+            f"{arguments.input!a} is not the text that the run in {arguments.checkpoint!a} learns "
+            "from; name that one with --input, or start a new run without --resume"
+        )
+    train_ids, held_out_ids = split(ids, dials.block_size, dials.validation_fraction)
+    sizes = {
+        "vocab_size": tokenizer.vocab_size,
+        **{n: getattr(dials, n) for n in ("block_size", "n_embd", "n_head", "n_layer", "dropout")},
+    }
+    if training is None:
+        check_memory(dials, tokenizer.vocab_size)
+        torch.manual_seed(dials.seed)
+        model = TinyGPT(**sizes)
+    elif model.arguments != sizes or characters != tokenizer.characters:
+        raise CheckpointError(f"{arguments.checkpoint!a} is damaged: model and dials differ")
+    model.to(device).train()
+    processes.join(device)
+    precision = choose_precision(device)
+    train_ids, held_out_ids = train_ids.to(device), held_out_ids.to(device)
+    learner = processes.spread(compiled(model, arguments.compile, train_ids, precision))
+    run = Run(
+        dials=dials,
+        model=model,
+        learner=learner,
+        optimizer=make_optimizer(model, dials),
+        precision=precision,
+        train_ids=train_ids,
+        held_out_ids=held_out_ids,
+        progress=Progress(device),
+        processes=processes,
+        files=Files(
+            arguments.checkpoint, arguments.log, tokenizer.characters, text, training is None
+        ),
+    )
+    if training is not None:
+        restore(run, training)
+    if processes.rank:  # the same dropout in every process would waste the others' randomness
+        torch.manual_seed(dials.seed + run.progress.step + processes.rank)
+    else:
+        describe(run, arguments.input, tokenizer.vocab_size, device, why)
+        if training is not None:
+            say(f"resuming at step {run.progress.step:,} of {run.total_steps:,}")
+            run.files.write_log(run.progress.rows)
+    return run
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Train; return the exit status: 0, 2 for what the user can mend, 128 + signal if stopped."""
+    arguments = parse(argv)
+    processes = Processes()
+    try:
+        with StopRequest() as stop:
+            run = prepare(arguments, processes)
+            if run is None:
+                return 0
+            train(run, stop)
+            return finish(run, arguments)
+    except Stopped as stopped:
+        if processes.rank == 0:
+            say(f"stopped and saved; continue with:  {resume_command(arguments)}")
+        return 128 + stopped.signal_number
+    except (DialError, TextError, CheckpointError, DeviceError, SaveError, Diverged) as mistake:
+        message = str(mistake)
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            message = (
+                "out of memory; lower batch_size first, then block_size, n_layer or n_embd "
+                f"({first_line(error)})"
+            )
+        elif processes.lost(error):
+            message = "another process of this run has ended; its message says why"
+        else:
+            raise
+    finally:
+        processes.leave()
+    who = f"process {processes.rank}: " if processes.count > 1 else ""
+    print(f"error: {who}{message}", file=sys.stderr)
+    return 2
+
+
+def finish(run: Run, arguments: argparse.Namespace) -> int:
+    """Say what came out of the run; return the exit status."""
+    if run.processes.rank:
+        return 0
+    if run.files.unsaved:
+        raise SaveError(f"training is done, but its result is not saved: {run.files.unsaved}")
+    best = min(run.progress.rows, key=lambda row: row[3])
+    say(
+        f"done: {arguments.checkpoint!a} holds the weights of epoch {best[0]}, validation loss "
+        f"{best[3]:.4f}. Let it write:"
+    )
+    command = ["python", "generate_text.py"]
+    if arguments.checkpoint != "tiny_gpt_model.pth":
+        command += ["--checkpoint", arguments.checkpoint]
+    say(f"  {shlex.join(command)}")
+    return 0
+
+
+if __name__ == "__main__":
+    steady_output()
+    sys.exit(main())
