@@ -19,15 +19,15 @@ from typing import Iterator, List, Optional
 import torch
 
 from data_handling import CharTokenizer, TextError
-from hyperparameters import OneSentenceParser, steady_output
+from hyperparameters import OneSentenceParser, file_name, steady_output
 from model_architecture import (
     CheckpointError,
     DeviceError,
     TinyGPT,
     choose_device,
-    first_line,
     is_out_of_memory,
     load_checkpoint,
+    reason,
 )
 
 
@@ -115,7 +115,10 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
         prog="generate_text.py", description="Write text with TinyGPT.", allow_abbrev=False
     )
     parser.add_argument(
-        "--checkpoint", default="tiny_gpt_model.pth", help="the trained model (%(default)s)"
+        "--checkpoint",
+        type=file_name,
+        default="tiny_gpt_model.pth",
+        help="the trained model (%(default)s)",
     )
     parser.add_argument(
         "--prompt", help="the text to continue (default: a newline); - reads it from stdin"
@@ -223,7 +226,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        message = f"out of memory; lower --num_samples ({first_line(error)})"
+        message = f"out of memory; lower --num_samples ({reason(error)})"
     print(f"error: {message}", file=sys.stderr)
     return 2
 

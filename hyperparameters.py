@@ -40,7 +40,7 @@ class Hyperparameters:
 
     # Data: what one training step sees (chapter 2).
     block_size: int = dial(128, 1, 65_536, "context window: characters the model sees at once")
-    batch_size: int = dial(16, 1, 65_536, "windows learned from in one step, over all processes")
+    batch_size: int = dial(8, 1, 65_536, "windows learned from in one step, over all processes")
     validation_fraction: float = dial(
         0.1, 0.001, 0.5, "share of the text held out to measure on, 0 to 1"
     )
@@ -52,8 +52,8 @@ class Hyperparameters:
     dropout: float = dial(0.0, 0.0, 0.99, "share of each block's output zeroed in training, 0 to 1")
 
     # Optimisation: how it learns (chapter 4).
-    epochs: int = dial(6, 1, 1_000_000, "passes over the training text")
-    learning_rate: float = dial(4e-3, 0.0, 10.0, "size of the largest step, reached after warm-up")
+    epochs: int = dial(5, 1, 1_000_000, "passes over the training text")
+    learning_rate: float = dial(6e-3, 0.0, 10.0, "size of the largest step, reached after warm-up")
     warmup_steps: int = dial(
         100, 0, 1_000_000, "steps to reach learning_rate, a tenth of a run at most"
     )
@@ -141,6 +141,13 @@ def dials_given(arguments: argparse.Namespace) -> Dict[str, Any]:
     """The dials that the command line named, and only those."""
     named = {name: getattr(arguments, name) for name in asdict(LAPTOP)}
     return {name: value for name, value in named.items() if value is not None}
+
+
+def file_name(text: str) -> str:
+    """A check for argparse: the name of a file is at least not empty."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!a} is no file name")
+    return text
 
 
 class SteadyStream:

@@ -15,6 +15,7 @@ Shapes are written in these letters, here and in the chapters after it:
     V  vocabulary: different characters          D  C / H: numbers one head works with
 """
 
+import contextlib
 import errno
 import io
 import math
@@ -22,9 +23,10 @@ import os
 import pickle
 import shutil
 import stat
+import struct
 import sys
 import zipfile
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -52,13 +54,34 @@ def rotation_table(block_size: int, head_size: int) -> Rotation:
 
 
 def rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """Turn every pair (i, i + D / 2) of the D numbers of `x`, (B, T, H, D), by its position's angle."""
+    """Turn each pair (i, i + D / 2) of the D numbers of `x`, (B, T, H, D), by its angle."""
     cosines, sines = rotation
-    return x * cosines + x.roll(x.shape[-1] // 2, dims=-1) * sines
+    return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, dims=-1), sines)
+
+
+class Linear(nn.Linear):
+    """A matrix product without bias.
+
+    For a single position, as in writing, a large matrix only streams past. The usual product uses
+    one core for that; multiplying and summing use all of them.
+    """
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, n_in) to (B, T, n_out)."""
+        if (
+            x.numel() == self.in_features
+            and self.weight.numel() > 100_000
+            and x.device.type == "cpu"
+        ):
+            return (self.weight * x).sum(dim=-1)[None]
+        return F.linear(x, self.weight)
 
 
 class Memory:
-    """What one block remembers of the positions it has read, so that a new one costs one position.
+    """What a block remembers of the positions it has read, so that a new one costs one position.
 
     Without it, writing one more character would mean reading the whole window again. Keys and
     values of the past never change, because no position sees what comes after it; so they are kept.
@@ -67,15 +90,15 @@ class Memory:
     def __init__(self, batch: int, n_head: int, block_size: int, n_embd: int, like: torch.Tensor):
         shape = (batch, n_head, block_size, n_embd // n_head)
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)  # (B, H, block, D)
-        self.neighbours = like.new_zeros(batch, REACH, n_embd)  # of the next position, oldest first
+        self.neighbours = like.new_zeros(batch, REACH, n_embd)  # the last ones read, oldest first
 
 
-class Cache(NamedTuple):
-    """The memories of all blocks. `length` positions have been read; the model counts them."""
+class Cache:
+    """The memories of all blocks, and the neighbours of the model itself."""
 
-    memories: List[Memory]
-    neighbours: torch.Tensor
-    length: List[int]
+    def __init__(self, memories: List[Memory], neighbours: torch.Tensor) -> None:
+        self.memories, self.neighbours = memories, neighbours
+        self.length = 0  # positions read so far
 
 
 class NeighbourMix(nn.Module):
@@ -83,24 +106,27 @@ class NeighbourMix(nn.Module):
 
     The characters just before are the best hint at the next one. Attention can learn to look one
     step back, but it needs long to find out; a sum with learned weights has it from the start. One
-    weight per number and step back: a causal depthwise convolution, used in front of attention by
-    So et al. 2021 (Primer). The weights start at zero, so an untrained mix changes nothing.
+    weight per number and step back: a causal depthwise convolution (after So et al. 2021, Primer,
+    who put one behind the projections of attention). The weights start at zero, so an untrained mix
+    changes nothing.
     """
 
     def __init__(self, n_embd: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(REACH, n_embd))
+        self.weight = nn.Parameter(torch.zeros(REACH, n_embd))  # oldest neighbour first
 
-    def forward(self, x: torch.Tensor, before: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """(B, T, C) to (B, T, C); `before`, (B, REACH, C), is what came earlier and is updated."""
+    def forward(self, x: torch.Tensor, memory: Optional[Any] = None) -> torch.Tensor:
+        """(B, T, C) to (B, T, C); a Memory or Cache holds the neighbours from before `x`."""
         T = x.shape[1]
-        if before is None:
+        if memory is None:
             window = F.pad(x, (0, 0, REACH, 0))  # (B, REACH + T, C)
         else:
-            window = torch.cat((before, x), dim=1)
-            before.copy_(window[:, T:])
-        for back in range(1, REACH + 1):
-            x = torch.addcmul(x, window[:, REACH - back : REACH - back + T], self.weight[back - 1])
+            before, window = memory.neighbours, torch.cat((memory.neighbours, x), dim=1)
+            memory.neighbours = window[:, T:]
+            if T == 1:  # the same sum in one go
+                return x + (before * self.weight).sum(dim=1, keepdim=True)
+        for index, weight in enumerate(self.weight):
+            x = torch.addcmul(x, window[:, index : index + T], weight)
         return x
 
 
@@ -116,8 +142,8 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, n_embd: int, n_head: int) -> None:
         super().__init__()
         self.n_head = n_head
-        self.queries_keys_values = nn.Linear(n_embd, 3 * n_embd, bias=False)
-        self.output = nn.Linear(n_embd, n_embd, bias=False)
+        self.queries_keys_values = Linear(n_embd, 3 * n_embd)
+        self.output = Linear(n_embd, n_embd)
 
     def project(self, x: torch.Tensor, rotation: Rotation) -> Tuple[torch.Tensor, ...]:
         """Queries, keys and values of `x`, (B, T, C): three times (B, H, T, D)."""
@@ -176,8 +202,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, n_embd: int) -> None:
         super().__init__()
-        self.up = nn.Linear(n_embd, 4 * n_embd, bias=False)
-        self.down = nn.Linear(4 * n_embd, n_embd, bias=False)
+        self.up = Linear(n_embd, 4 * n_embd)
+        self.down = Linear(4 * n_embd, n_embd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, C) to (B, T, C)."""
@@ -206,7 +232,7 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         """(B, T, C) to (B, T, C)."""
         x = x + self.dropout(self.attention(self.norm(x), rotation, memory, past))
-        mixed = self.mix(self.norm(x), memory and memory.neighbours)
+        mixed = self.mix(self.norm(x), memory)
         return x + self.dropout(self.feed_forward(mixed))
 
 
@@ -241,7 +267,7 @@ class TinyGPT(nn.Module):
         self.mix = NeighbourMix(n_embd)
         self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout) for _ in range(n_layer))
         self.norm = nn.LayerNorm(n_embd, elementwise_affine=False)
-        self.head = nn.Linear(n_embd, vocab_size, bias=False)  # one score per character
+        self.head = Linear(n_embd, vocab_size)  # one score per character
         # Tables that follow from the sizes are not worth a place in the checkpoint.
         cosines, sines = rotation_table(block_size, n_embd // n_head)
         self.register_buffer("cosines", cosines, persistent=False)
@@ -268,7 +294,7 @@ class TinyGPT(nn.Module):
         n_embd, n_head = self.arguments["n_embd"], self.arguments["n_head"]
         like = self.embedding.weight.detach()
         memories = [Memory(batch, n_head, self.block_size, n_embd, like) for _ in self.blocks]
-        return Cache(memories, like.new_zeros(batch, REACH, n_embd), [0])
+        return Cache(memories, like.new_zeros(batch, REACH, n_embd))
 
     def forward(self, tokens: torch.Tensor, cache: Optional[Cache] = None) -> torch.Tensor:
         """Ids (B, T) to logits (B, T, V): at every position, scores for the character after it.
@@ -277,15 +303,15 @@ class TinyGPT(nn.Module):
         of them together are longer than the context window.
         """
         T = tokens.shape[1]
-        past = cache.length[0] if cache else 0
+        past = cache.length if cache else 0
         if past + T > self.block_size:
             raise ValueError(f"{past + T} characters do not fit into block_size {self.block_size}")
         rotation = (self.cosines[past : past + T], self.sines[past : past + T])
-        x = self.norm(self.mix(self.embedding(tokens), cache and cache.neighbours))  # (B, T, C)
+        x = self.norm(self.mix(self.embedding(tokens), cache))  # (B, T, C)
         for index, block in enumerate(self.blocks):
             x = block(x, rotation, cache and cache.memories[index], past)
         if cache:
-            cache.length[0] += T
+            cache.length += T
         return self.head(self.norm(x))  # (B, T, V)
 
 
@@ -309,7 +335,7 @@ def choose_device(wanted: str) -> Tuple[torch.device, str]:
                 torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()
                 return device, torch.cuda.get_device_name(device)
             except RuntimeError as error:
-                problem = f"the GPU is visible but cannot run a kernel: {first_line(error)}"
+                problem = f"the GPU is visible but cannot run a kernel: {reason(error)}"
         if wanted == "auto":
             return torch.device("cpu"), problem
         raise DeviceError(f"--device cuda cannot be used ({problem}); try --device cpu")
@@ -332,10 +358,10 @@ def leaks_future(device: torch.device) -> bool:
     return not difference.abs().max().item() < 1e-5
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, in ASCII."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].encode("ascii", "backslashreplace").decode()
+def reason(error: BaseException) -> str:
+    """What an error says, in one line and in ASCII."""
+    words = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return words.splitlines()[0].encode("ascii", "backslashreplace").decode()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -392,29 +418,43 @@ def to_cpu(tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
+def unfinished_name(path: str) -> str:
+    """Where `path` is written before it takes its place: hidden, and the same every time.
+
+    So what a crash leaves behind is replaced by the next save, and never piles up.
+    """
+    folder, name = os.path.split(os.path.realpath(path))
+    return os.path.join(folder, f".{name}.unfinished")
+
+
+def previous_name(path: str) -> str:
+    """The name beside `path` under which an older file of that name is kept."""
+    stem, extension = os.path.splitext(os.path.realpath(path))
+    return f"{stem}.previous{extension}"
+
+
 def write_atomically(path: str, data: Any) -> None:
     """Replace the file `path` by `data`: at any moment, even of a crash, it is the old or the new.
 
-    Raises SaveError when the system refuses; then no temporary file stays behind.
+    Raises SaveError when the system refuses; then nothing of the new file stays behind.
     """
-    path = os.path.realpath(path)
-    temporary = path + ".tmp"
+    temporary = unfinished_name(path)
     try:
         try:
             with open(temporary, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())  # on the disk before the name points to it
-            os.replace(temporary, path)
-        except BaseException:
-            if os.path.exists(temporary):
+            os.replace(temporary, os.path.realpath(path))
+        except OSError:
+            with contextlib.suppress(OSError):
                 os.remove(temporary)
             raise
-        sync_folder(os.path.dirname(path))
+        sync_folder(os.path.dirname(temporary))
     except OSError as error:
         raise SaveError(
-            f"cannot write {path!a}: {first_line(OSError(error.strerror or error))}; "
-            f"{len(data) / 1e6:.1f} MB are needed in that folder{free_space(path)}"
+            f"cannot write {path!a}: {reason(error)}; {len(data) / 1e6:.1f} MB are needed in its "
+            f"folder{free_space(temporary)}"
         ) from error
 
 
@@ -443,26 +483,23 @@ def check_writable(path: str) -> None:
     """Raise SaveError unless a file can be written beside `path` and put in its place."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise SaveError(f"{path!a} is not a file and cannot be replaced by one; name another")
-    temporary = os.path.realpath(path) + ".tmp"
     try:
-        with open(temporary, "wb"):
+        with open(unfinished_name(path), "wb"):
             pass
-        os.remove(temporary)
+        os.remove(unfinished_name(path))
     except OSError as error:
-        raise SaveError(f"cannot write beside {path!a}: {error.strerror}") from error
+        raise SaveError(f"cannot write beside {path!a}: {reason(error)}") from error
 
 
-def keep_previous(path: str) -> Optional[str]:
-    """Copy the file `path`, if there is one, to NAME.previous.EXT beside it; return that name."""
-    if not os.path.exists(path):
-        return None
-    stem, extension = os.path.splitext(path)
-    try:
-        with open(path, "rb") as file:
-            write_atomically(f"{stem}.previous{extension}", file.read())
-    except OSError as error:
-        raise SaveError(f"cannot read {path!a} to keep it: {error.strerror}") from error
-    return f"{stem}.previous{extension}"
+def keep_previous(path: str) -> None:
+    """Copy the file `path`, if there is one, to its previous name. Raises SaveError."""
+    if os.path.exists(path):
+        try:
+            with open(path, "rb") as file:
+                data = file.read()
+        except OSError as error:
+            raise SaveError(f"cannot read {path!a} to keep it: {reason(error)}") from error
+        write_atomically(previous_name(path), data)
 
 
 # ---- Loading: a checkpoint may come from a stranger --------------------------------------------
@@ -489,6 +526,7 @@ UNREADABLE = (
     ArithmeticError,
     MemoryError,
     pickle.UnpicklingError,
+    struct.error,
     zipfile.BadZipFile,
 )
 
@@ -504,6 +542,8 @@ def load_checkpoint(path: str) -> Tuple[TinyGPT, str, Optional[Dict[str, Any]]]:
         model = build_checked(contents, os.path.getsize(path))
     except FileNotFoundError as error:
         raise CheckpointError(f"no file {path!a}; train a model first: train_model.py") from error
+    except OSError as error:
+        raise CheckpointError(f"{path!a} cannot be read: {reason(error)}") from error
     except CheckpointError as error:
         raise CheckpointError(f"{path!a} is not a usable checkpoint: {error}") from error
     return model.eval(), contents["vocabulary"], contents.get("training")
@@ -521,7 +561,7 @@ def read_safely(path: str) -> Any:
     except CheckpointError:
         raise
     except UNREADABLE as error:
-        raise CheckpointError(f"it cannot be read ({first_line(error)})") from error
+        raise CheckpointError(f"it cannot be read ({reason(error)})") from error
 
 
 def check_zip(file: Any, size: int) -> None:

@@ -29,6 +29,7 @@ from typing import Any, Dict, List, NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -48,22 +49,26 @@ from hyperparameters import (
     OneSentenceParser,
     add_dial_flags,
     dials_given,
+    file_name,
     steady_output,
 )
 from model_architecture import (
     CheckpointError,
     DeviceError,
+    NeighbourMix,
     SaveError,
     TinyGPT,
     check_tensors,
     check_writable,
     choose_device,
-    first_line,
     is_out_of_memory,
     keep_previous,
     load_checkpoint,
+    previous_name,
+    reason,
     save_checkpoint,
     to_cpu,
+    unfinished_name,
     write_atomically,
 )
 
@@ -107,11 +112,11 @@ def make_optimizer(model: TinyGPT, dials: Hyperparameters) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019): every parameter gets a step size of its own.
 
     It divides each gradient by its usual size, so rarely used parameters move as well. Weight decay
-    pulls matrices towards zero, which keeps any one number from dominating; vectors have no such
-    freedom and are left alone.
+    pulls the matrices towards zero, so that none grows on the few examples it has seen; the small
+    vectors of the neighbour mixes are left alone.
     """
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    matrices = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))]
+    vectors = [m.weight for m in model.modules() if isinstance(m, NeighbourMix)]
     groups = [
         {"params": matrices, "weight_decay": dials.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -350,11 +355,11 @@ def check_finite(run: Run, loss: float, weights: bool = True) -> None:
 class Files:
     """The two files of a run: the checkpoint, and the log that is written anew from its rows."""
 
-    def __init__(self, checkpoint: str, log: str, characters: str, text: str, fresh: bool) -> None:
+    def __init__(self, checkpoint: str, log: str, characters: str, text: str) -> None:
         self.checkpoint, self.log = checkpoint, log
         self.characters, self.text = characters, text  # the vocabulary, and the fingerprint
-        self.keep = [checkpoint, log] if fresh else []  # older work that the first save replaces
-        self.unsaved = ""  # what the last failed save said
+        self.older: List[str] = []  # files of another run, which the first save replaces
+        self.unsaved = ""  # what the last save, if it failed, said
         self.last_save = time.monotonic()
 
     def save_is_due(self, dials: Hyperparameters) -> bool:
@@ -366,41 +371,47 @@ class Files:
         All processes take part, and only the first one writes.
         """
         self.last_save = time.monotonic()
-        progress = run.progress
-        finished = len(progress.rows) == run.dials.epochs
+        finished = len(run.progress.rows) == run.dials.epochs
         training = None if finished else unfinished(run, self.text)
         if run.processes.rank:
             return True
         try:
-            while self.keep:
-                kept = keep_previous(self.keep[0])
-                if kept:
-                    say(f"{self.keep[0]!a} existed; it is kept as {kept!a}")
-                self.keep.pop(0)
-            save_checkpoint(
-                self.checkpoint, run.model, self.characters, progress.best_weights, training
-            )
-            self.write_log(progress.rows)
+            while self.older:
+                keep_previous(self.older[0])
+                say(
+                    f"{self.older[0]!a} was there; it is kept as {previous_name(self.older.pop(0))!a}"
+                )
+            # The log first: a resumed run writes it again, a finished one has no later chance to.
+            if run.progress.rows:
+                write_atomically(self.log, log_text(run.progress.rows))
+            best = run.progress.best_weights
+            save_checkpoint(self.checkpoint, run.model, self.characters, best, training)
             self.unsaved = ""
         except SaveError as error:
             self.unsaved = str(error)
-            say(f"warning: not saved at step {progress.step:,}: {error}; training goes on")
+            say(f"warning: not saved at step {run.progress.step:,}: {error}")
         return not self.unsaved
 
-    def write_log(self, rows: List[List[float]]) -> None:
-        """The log as the checkpoint knows it: after a crash it has each row once."""
-        if rows:
-            write_atomically(self.log, log_text(rows).encode("ascii"))
+    def find_older(self, rows: Optional[List[List[float]]]) -> None:
+        """Note what a save would replace, except what this very run, resumed with `rows`, wrote."""
+        self.older = [p for p in (self.checkpoint, self.log) if os.path.exists(p)]
+        if rows is not None:
+            self.older.remove(self.checkpoint)
+            if self.older:
+                with open(self.log, "rb") as file:
+                    present, ours = file.read(), log_text(rows)
+                if present.startswith(ours) or ours.startswith(present):
+                    self.older = []
 
 
-def log_text(rows: List[List[float]]) -> str:
+def log_text(rows: List[List[float]]) -> bytes:
     """training_log.csv: a header and one row per finished epoch; losses in nats a character."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["epoch", "step", "train_loss", "val_loss", "seconds"])
     for epoch, step, train_loss, val_loss, seconds in rows:
         writer.writerow([epoch, step, repr(train_loss), repr(val_loss), f"{seconds:.1f}"])
-    return text.getvalue()
+    return text.getvalue().encode("ascii")
 
 
 def unfinished(run: Run, text: str) -> Dict[str, Any]:
@@ -432,41 +443,38 @@ def unfinished(run: Run, text: str) -> Dict[str, Any]:
 
 def restore(run: Run, training: Dict[str, Any]) -> None:
     """Put a run back to where `unfinished` left it. Raises CheckpointError for impossible values."""
-    progress, model = run.progress, run.model
+    progress, model, device = run.progress, run.model, run.train_ids.device
     try:
-        progress.step, progress.seconds = training["step"], training["seconds"]
-        progress.rows, progress.best_loss = training["rows"], training["best_loss"]
-        epochs_done = len(progress.rows)
-        first, last = (n * run.steps_per_epoch for n in (epochs_done, epochs_done + 1))
-        numbers = [
-            progress.seconds,
-            training["loss_sum"],
-            *(x for row in progress.rows for x in row),
-        ]
+        step, rows, updates = training["step"], training["rows"], training["updates"]
+        numbers = [training["seconds"], training["loss_sum"], *(x for row in rows for x in row)]
+        steps_before = len(rows) * run.steps_per_epoch
         if not (
-            type(progress.step) is type(training["updates"]) is int
-            and first <= progress.step <= last <= run.total_steps
-            and 0 <= training["updates"] <= progress.step
-            and all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
-            and all(type(row) is list and len(row) == 5 for row in progress.rows)
-            and type(progress.best_loss) is float
+            type(step) is type(updates) is int
+            and type(rows) is list
+            and all(type(row) is list and len(row) == 5 for row in rows)
+            and all(type(x) in (int, float) and abs(x) < 1e15 for x in numbers)
+            and type(training["best_loss"]) is float
+            and steps_before <= step <= steps_before + run.steps_per_epoch <= run.total_steps
+            and 0 <= updates <= step
         ):
             raise ValueError("step, losses and log do not fit together")
-        expected = {name: p.detach().to("meta") for name, p in model.state_dict().items()}
+        expected = {name: p.to("meta") for name, p in model.state_dict().items()}
         for kind in ("weights", "average", "square"):
             check_tensors(kind, training[kind], expected)
-        progress.best_weights = to_cpu(model.state_dict()) if progress.rows else None
+        progress.step, progress.rows, progress.seconds = step, rows, training["seconds"]
+        progress.best_loss = training["best_loss"]
+        progress.best_weights = to_cpu(model.state_dict()) if rows else None
         model.load_state_dict(training["weights"])
         if run.processes.rank == 0:
             progress.loss_sum.fill_(training["loss_sum"])
         restore_optimizer(run.optimizer, model, training)
         run.precision.scaler.load_state_dict(training["scaler"])
         torch.set_rng_state(training["random"])
-        if training["random_cuda"] is not None and run.train_ids.device.type == "cuda":
-            torch.cuda.set_rng_state(training["random_cuda"], run.train_ids.device)
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if training["random_cuda"] is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(training["random_cuda"], device)
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(
-            f"the unfinished run in it is damaged: {first_line(error)}"
+            f"{run.files.checkpoint!a}: its unfinished run is damaged ({reason(error)})"
         ) from error
 
 
@@ -545,7 +553,7 @@ def compiled(model: TinyGPT, wanted: str, ids: torch.Tensor, precision: Precisio
         AttributeError,
         subprocess.SubprocessError,
     ) as error:
-        say(f"warning: the model cannot be compiled here, going on without: {first_line(error)}")
+        say(f"warning: the model cannot be compiled here, going on without: {reason(error)}")
         return model
     finally:
         torch.set_rng_state(random)
@@ -609,11 +617,14 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     parser = OneSentenceParser(
         prog="train_model.py", description="Train TinyGPT on a text.", allow_abbrev=False
     )
-    parser.add_argument("--input", default="input.txt", help="the text to learn from (%(default)s)")
-    parser.add_argument(
-        "--checkpoint", default="tiny_gpt_model.pth", help="the model's file (%(default)s)"
-    )
-    parser.add_argument("--log", default="training_log.csv", help="a table (%(default)s)")
+    for flag, default, meaning in (
+        ("--input", "input.txt", "the text to learn from"),
+        ("--checkpoint", "tiny_gpt_model.pth", "the file to save the model to"),
+        ("--log", "training_log.csv", "the table of losses to write"),
+    ):
+        parser.add_argument(
+            flag, type=file_name, default=default, help=f"{meaning} ({default})", metavar="FILE"
+        )
     parser.add_argument(
         "--device",
         choices=["auto", "cpu", "cuda", "mps"],
@@ -644,9 +655,9 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
 def choose_dials(
     arguments: argparse.Namespace, device: torch.device, training: Optional[Dict[str, Any]]
 ) -> Hyperparameters:
-    """The preset, changed by the flags; on resume those of the checkpoint, which no flag may change.
+    """The preset, changed by the flags; on resume the checkpoint's, which no flag may change.
 
-    Raises DialError.
+    Raises DialError and CheckpointError.
     """
     preset = arguments.preset
     if preset == "auto":
@@ -654,9 +665,9 @@ def choose_dials(
     wanted = {**asdict(PRESETS[preset]), **dials_given(arguments)}
     if training is None:
         return Hyperparameters(**wanted)
-    saved = training.get("dials")
+    saved = training.get("dials") if isinstance(training, dict) else None
     if not isinstance(saved, dict) or not set(saved) <= set(wanted):
-        raise CheckpointError("its dials are not those of this TinyGPT")
+        raise CheckpointError(f"{arguments.checkpoint!a}: its unfinished run is damaged (dials)")
     dials = Hyperparameters(**{**asdict(PRESETS["laptop"]), **saved})
     asked = wanted if arguments.preset != "auto" else dials_given(arguments)
     differences = [
@@ -674,11 +685,17 @@ def choose_dials(
 
 def check_paths(arguments: argparse.Namespace) -> None:
     """Refuse, before any work is done, files that cannot be written or would replace each other."""
-    named = ["input", "checkpoint", "log"]
-    real = [os.path.realpath(getattr(arguments, name)) for name in named]
-    for a, b in ((0, 1), (0, 2), (1, 2)):
-        if real[a] == real[b]:
-            raise SaveError(f"--{named[a]} and --{named[b]} are both {real[a]!a}; name two files")
+    touched = [
+        name_of(path)
+        for path in (arguments.checkpoint, arguments.log)
+        for name_of in (os.path.realpath, unfinished_name, previous_name)
+    ]
+    touched.append(os.path.realpath(arguments.input))
+    twice = [path for path in touched if touched.count(path) > 1]
+    if twice:
+        raise SaveError(
+            f"--input, --checkpoint and --log would meet in {twice[0]!a}; name different files"
+        )
     check_writable(arguments.checkpoint)
     check_writable(arguments.log)
 
@@ -715,7 +732,8 @@ def resume_command(arguments: argparse.Namespace) -> str:
 
 def prepare(arguments: argparse.Namespace, processes: Processes) -> Optional[Run]:
     """Read text and checkpoint, check everything, build the run; None if it is finished already."""
-    check_paths(arguments)
+    if processes.rank == 0:
+        check_paths(arguments)
     training = None
     if arguments.resume:
         model, characters, training = load_checkpoint(arguments.checkpoint)
@@ -757,9 +775,7 @@ def prepare(arguments: argparse.Namespace, processes: Processes) -> Optional[Run
         held_out_ids=held_out_ids,
         progress=Progress(device),
         processes=processes,
-        files=Files(
-            arguments.checkpoint, arguments.log, tokenizer.characters, text, training is None
-        ),
+        files=Files(arguments.checkpoint, arguments.log, tokenizer.characters, text),
     )
     if training is not None:
         restore(run, training)
@@ -769,7 +785,7 @@ def prepare(arguments: argparse.Namespace, processes: Processes) -> Optional[Run
         describe(run, arguments.input, tokenizer.vocab_size, device, why)
         if training is not None:
             say(f"resuming at step {run.progress.step:,} of {run.total_steps:,}")
-            run.files.write_log(run.progress.rows)
+        run.files.find_older(run.progress.rows if training is not None else None)
     return run
 
 
@@ -778,23 +794,26 @@ def main(argv: Optional[List[str]] = None) -> int:
     arguments = parse(argv)
     processes = Processes()
     try:
+        run = prepare(arguments, processes)
+        if run is None:
+            return 0
         with StopRequest() as stop:
-            run = prepare(arguments, processes)
-            if run is None:
-                return 0
             train(run, stop)
-            return finish(run, arguments)
+        return finish(run, arguments)
     except Stopped as stopped:
         if processes.rank == 0:
             say(f"stopped and saved; continue with:  {resume_command(arguments)}")
         return 128 + stopped.signal_number
+    except KeyboardInterrupt:
+        print("stopped before the first step; nothing was written", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (DialError, TextError, CheckpointError, DeviceError, SaveError, Diverged) as mistake:
         message = str(mistake)
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             message = (
                 "out of memory; lower batch_size first, then block_size, n_layer or n_embd "
-                f"({first_line(error)})"
+                f"({reason(error)})"
             )
         elif processes.lost(error):
             message = "another process of this run has ended; its message says why"
