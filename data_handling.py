@@ -16,6 +16,7 @@ import io
 import math
 import os
 import shutil
+import signal
 import stat
 import sys
 import tempfile
@@ -31,7 +32,7 @@ LARGEST_HELD_OUT = (
 
 
 class TextError(ValueError):
-    """A text that cannot be learned from or continued. The message says what is wrong and what to do."""
+    """A text that cannot be learned from or continued. The message says why and what to do."""
 
 
 class CharTokenizer:
@@ -66,13 +67,13 @@ class CharTokenizer:
         )
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of the characters of `text`. Raises TextError naming the first character that has none."""
+        """Ids of the characters of `text`. Raises TextError naming the first one without an id."""
         ids = np.take(self._id_of, code_points(text), mode="clip")
         if ids.min(initial=0) < 0:
             where = int(np.argmax(ids < 0))
             raise TextError(
-                f"the character {text[where]!a} (U+{ord(text[where]):04X}) at position {where} is not among the "
-                f"{self.vocab_size} characters the model knows; leave it out"
+                f"the character {text[where]!a} (U+{ord(text[where]):04X}) at position {where} is "
+                f"not among the {self.vocab_size} characters the model knows; leave it out"
             )
         return ids.astype(self.id_type)
 
@@ -87,7 +88,7 @@ def code_points(text: str) -> np.ndarray:
 
 
 def load_text(path: str) -> Tuple[CharTokenizer, torch.Tensor]:
-    """Read a UTF-8 text file; return its tokenizer and its ids, (number of characters,) of the tokenizer's id_type.
+    """Read a UTF-8 text file; return its tokenizer and its ids, (characters,) of its id_type.
 
     Two passes over the file, the first to learn which characters there are, the second to write
     down their ids, and never the whole text as a Python string: memory grows by the ids alone.
@@ -131,8 +132,9 @@ def split(
         while not long_enough(needed):
             needed += 1
         raise TextError(
-            f"the text has {len(ids):,} characters, and block_size {block_size} with validation_fraction "
-            f"{validation_fraction} needs at least {needed:,}; take a longer text or a smaller block_size"
+            f"the text has {len(ids):,} characters; block_size {block_size} with "
+            f"validation_fraction {validation_fraction} needs {needed:,} or more: take a longer "
+            "text or a smaller block_size"
         )
     cut = len(ids) - held_out(len(ids))
     return ids[:cut], ids[cut:]
@@ -144,7 +146,7 @@ def windows_in(length: int, block_size: int) -> int:
 
 
 def shuffled_windows(length: int, block_size: int, seed: int, epoch: int) -> torch.Tensor:
-    """Starts of the windows of one epoch, (windows_in(length, block_size),) int64, in the order of training.
+    """Starts of all windows of one epoch, (windows,) int64, in the order of training.
 
     Drawing windows at random would meet some characters often and others never. Instead the text is
     cut into windows side by side, and the windows are shuffled: every one is met exactly once. The
@@ -175,7 +177,7 @@ def gather(
 
 
 def fingerprint(tokenizer: CharTokenizer, ids: torch.Tensor) -> str:
-    """A short name for a text that no other text has, to tell whether a run resumes on the text it began with."""
+    """A short name that no other text has: a run resumes only on the text it began with."""
     digest = hashlib.sha256(tokenizer.characters.encode("utf-8", "surrogatepass"))
     digest.update(ids.numpy())
     return digest.hexdigest()
@@ -185,7 +187,7 @@ def fingerprint(tokenizer: CharTokenizer, ids: torch.Tensor) -> str:
 
 
 def open_text(path: str) -> BinaryIO:
-    """Open `path` for reading twice. A pipe can be read only once, so it is first copied to a temporary file."""
+    """Open `path` for reading twice. A pipe can be read only once, so it is copied first."""
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
@@ -205,7 +207,7 @@ def open_text(path: str) -> BinaryIO:
 
 
 def decoded_chunks(file: BinaryIO, path: str) -> Iterator[str]:
-    """The text of `file`, piece by piece, with a byte-order mark removed and every line end written as \\n."""
+    """The text of `file` in pieces, without a byte-order mark and with \\n for every line end."""
     utf8 = codecs.getincrementaldecoder("utf-8")()
     line_ends = io.IncrementalNewlineDecoder(None, translate=True)
     done = 0  # bytes handed to the decoder so far
@@ -220,8 +222,8 @@ def decoded_chunks(file: BinaryIO, path: str) -> Iterator[str]:
             # with.
             offset = done + len(chunk) - len(error.object) + error.start
             raise TextError(
-                f"{path!a} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset:,}; save it as "
-                "UTF-8 in a text editor"
+                f"{path!a} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset "
+                f"{offset}; save it as UTF-8 in a text editor"
             ) from error
         if done == 0:
             text = text[1:] if text.startswith("\ufeff") else text
@@ -242,16 +244,14 @@ def main(argv: List[str]) -> None:
     path = argv[1] if len(argv) > 1 else "input.txt"
     tokenizer, ids = load_text(path)
     train, held_out = split(ids, block_size=8, validation_fraction=0.1)
-    print(
-        f"{path!a}: {len(ids):,} characters, {tokenizer.vocab_size} different ones, stored as {ids.dtype}"
-    )
-    print(f"vocabulary: {tokenizer.characters!a}")
+    print(f"{path!a}: {len(ids):,} characters, stored as {ids.dtype}")
+    print(f"vocabulary: {tokenizer.vocab_size} different ones, {tokenizer.characters!a}")
     print(f"split: {len(train):,} characters to train on, {len(held_out):,} held out\n")
 
     starts = shuffled_windows(len(train), block_size=8, seed=1337, epoch=0)
     inputs, targets = gather(train, starts[:1], block_size=8)
     print(
-        f"an epoch with block_size 8 has {len(starts):,} windows; the first one begins at {starts[0]:,}"
+        f"an epoch with block_size 8 has {len(starts):,} windows; the first begins at {starts[0]:,}"
     )
     print(f"  inputs  {tokenizer.decode(inputs[0])!a:<24} {inputs[0].tolist()}")
     print(f"  targets {tokenizer.decode(targets[0])!a:<24} {targets[0].tolist()}\n")
@@ -263,15 +263,18 @@ def main(argv: List[str]) -> None:
         )
         print(f"  {context!a:>24} -> {target!a}")
 
-    per_char = math.log2(tokenizer.vocab_size)
+    guesses = tokenizer.vocab_size
     print(
-        f"\nguessing blindly costs ln({tokenizer.vocab_size}) = {math.log(tokenizer.vocab_size):.2f} nats "
-        f"({per_char:.2f} bits) a character; learning is getting below that"
+        f"\nguessing blindly costs ln({guesses}) = {math.log(guesses):.2f} nats "
+        f"({math.log2(guesses):.2f} bits) a character; learning is getting below that"
     )
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # `| head` may close the pipe early
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         main(sys.argv)
     except TextError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -20,7 +20,7 @@ from typing import Any, Dict
 
 
 class DialError(ValueError):
-    """A dial stands at a value that cannot work. The message says which dial, which value, and what would work."""
+    """A dial stands at a value that cannot work. The message says which, and what would work."""
 
 
 def dial(default: Any, lowest: float, highest: float, meaning: str) -> Any:
@@ -32,7 +32,7 @@ def dial(default: Any, lowest: float, highest: float, meaning: str) -> Any:
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Every choice a run depends on. Frozen, so that no code changes a dial behind the reader's back.
+    """Every choice a run depends on. Frozen: no code changes one behind the reader's back.
 
     Raises DialError when a value is of the wrong type, out of its range, or does not fit the
     others.
@@ -71,7 +71,7 @@ class Hyperparameters:
 
     @property
     def head_size(self) -> int:
-        """Numbers that one attention head works with. Derived, never stored, so it cannot go stale."""
+        """Numbers that one attention head works with. Never stored, so it cannot go stale."""
         return self.n_embd // self.n_head
 
     def __post_init__(self) -> None:
@@ -79,8 +79,8 @@ class Hyperparameters:
             check_dial(one.name, getattr(self, one.name))
         if self.n_embd % (2 * self.n_head) != 0:
             raise DialError(
-                f"n_embd must be a multiple of 2 * n_head ({2 * self.n_head}), not {self.n_embd}: every "
-                "head gets an equal and even share of it"
+                f"n_embd must be a multiple of 2 * n_head ({2 * self.n_head}), not {self.n_embd}: "
+                "every head gets an equal and even share of it"
             )
 
 
@@ -118,7 +118,7 @@ PRESETS = {"laptop": LAPTOP, "gpu": GPU}
 
 
 class OneSentenceParser(argparse.ArgumentParser):
-    """argparse, but a wrong flag is answered with one ASCII sentence and not with the whole usage page."""
+    """argparse, but a wrong flag is answered with one ASCII sentence, not with a usage page."""
 
     def error(self, message: str) -> None:
         sentence = message.encode("ascii", "backslashreplace").decode()
@@ -126,14 +126,15 @@ class OneSentenceParser(argparse.ArgumentParser):
 
 
 def add_dial_flags(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` one flag for every dial, spelled exactly as the dial, its meaning as the help text."""
+    """Give `parser` one flag for every dial, spelled as the dial, its meaning as the help."""
     group = parser.add_argument_group("dials (default: laptop set / GPU set)")
     for one in fields(Hyperparameters):
         group.add_argument(
             f"--{one.name}",
             type=type(one.default),
             metavar="X",
-            help=f"{one.metadata['meaning']} ({getattr(LAPTOP, one.name)} / {getattr(GPU, one.name)})",
+            help=one.metadata["meaning"]
+            + f" ({getattr(LAPTOP, one.name)} / {getattr(GPU, one.name)})",
         )
 
 

@@ -22,6 +22,7 @@ import math
 import os
 import pickle
 import shutil
+import signal
 import stat
 import struct
 import sys
@@ -686,10 +687,11 @@ def main() -> None:
         print("  " + "".join(f"{100 * weight:5.0f}" for weight in row.tolist()))
 
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
-    print(
-        f"\nuntrained loss {loss:.4f}, ln(V) = ln({len(characters)}) = {math.log(len(characters)):.4f}"
-    )
+    blind = math.log(len(characters))
+    print(f"\nuntrained loss {loss:.4f}, ln(V) = ln({len(characters)}) = {blind:.4f}")
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # `| head` may close the pipe early
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()

@@ -262,12 +262,12 @@ def describe(run: Run, path: str, vocab_size: int, device: torch.device, why: st
     say(f"text      {path!a}: {train_size + held_out_size:,} characters, {vocab_size} different")
     say(f"split     {train_size:,} characters to train on, {held_out_size:,} held out")
     say(
-        f"model     {parameters:,} parameters: {dials.n_layer} layers of {dials.n_head} heads, width "
-        f"{dials.n_embd}, window {dials.block_size}"
+        f"model     {parameters:,} parameters: {dials.n_layer} layers of {dials.n_head} heads, "
+        f"width {dials.n_embd}, window {dials.block_size}"
     )
     say(
-        f"training  {dials.epochs} epochs of {run.steps_per_epoch:,} steps, {dials.batch_size} windows "
-        f"a step; guessing blindly costs {math.log(vocab_size):.4f} nats"
+        f"training  {dials.epochs} epochs of {run.steps_per_epoch:,} steps, {dials.batch_size} "
+        f"windows a step; guessing blindly costs {math.log(vocab_size):.4f} nats"
     )
 
 
@@ -378,9 +378,8 @@ class Files:
         try:
             while self.older:
                 keep_previous(self.older[0])
-                say(
-                    f"{self.older[0]!a} was there; it is kept as {previous_name(self.older.pop(0))!a}"
-                )
+                older = self.older.pop(0)
+                say(f"{older!a} was there; it is kept as {previous_name(older)!a}")
             # The log first: a resumed run writes it again, a finished one has no later chance to.
             if run.progress.rows:
                 write_atomically(self.log, log_text(run.progress.rows))
@@ -415,7 +414,7 @@ def log_text(rows: List[List[float]]) -> bytes:
 
 
 def unfinished(run: Run, text: str) -> Dict[str, Any]:
-    """All that an exact resume needs, in tensors and plain Python: the part that `restore` reads."""
+    """All that an exact resume needs, in tensors and plain Python, for `restore` to read."""
     progress, state = run.progress, run.optimizer.state
     names = dict(run.model.named_parameters())
     zeros = {name: torch.zeros_like(p) for name, p in names.items()}
@@ -442,7 +441,7 @@ def unfinished(run: Run, text: str) -> Dict[str, Any]:
 
 
 def restore(run: Run, training: Dict[str, Any]) -> None:
-    """Put a run back to where `unfinished` left it. Raises CheckpointError for impossible values."""
+    """Put a run back to where `unfinished` left it. Raises CheckpointError for forged values."""
     progress, model, device = run.progress, run.model, run.train_ids.device
     try:
         step, rows, updates = training["step"], training["rows"], training["updates"]
