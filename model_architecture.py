@@ -430,7 +430,7 @@ def unfinished_name(path: str) -> str:
 
 def previous_name(path: str) -> str:
     """The name beside `path` under which an older file of that name is kept."""
-    stem, extension = os.path.splitext(os.path.realpath(path))
+    stem, extension = os.path.splitext(path)
     return f"{stem}.previous{extension}"
 
 

@@ -530,7 +530,12 @@ def make_scaler(device: str, autocast: Optional[torch.dtype]) -> Any:
     return torch.cuda.amp.GradScaler(enabled=False)  # PyTorch 2.2, the last on Intel Macs
 
 
-def compiled(model: TinyGPT, wanted: str, ids: torch.Tensor, precision: Precision) -> Any:
+COMPILER_ERRORS = (RuntimeError, OSError, ImportError, AttributeError, subprocess.SubprocessError)
+
+
+def compiled(
+    model: TinyGPT, wanted: str, ids: torch.Tensor, precision: Precision, windows: int
+) -> Any:
     """The model compiled, if `wanted` ("on", "off", "auto") says so and one real step succeeds.
 
     The compiler needs a C++ compiler or Triton, which many machines lack: then one warning, and the
@@ -539,19 +544,13 @@ def compiled(model: TinyGPT, wanted: str, ids: torch.Tensor, precision: Precisio
     if wanted == "off" or (wanted == "auto" and ids.device.type != "cuda"):
         return model
     random = torch.get_rng_state()
-    inputs, _ = gather(ids, torch.zeros(1, dtype=torch.long, device=ids.device), model.block_size)
+    starts = torch.zeros(windows, dtype=torch.long, device=ids.device)
     try:
         faster = torch.compile(model)
         with precision.context():
-            faster(inputs).sum().backward()
+            faster(gather(ids, starts, model.block_size)[0]).sum().backward()
         return faster
-    except (
-        RuntimeError,
-        OSError,
-        ImportError,
-        AttributeError,
-        subprocess.SubprocessError,
-    ) as error:
+    except COMPILER_ERRORS as error:
         say(f"warning: the model cannot be compiled here, going on without: {reason(error)}")
         return model
     finally:
@@ -579,7 +578,7 @@ class Processes:
         """The same model, its gradients averaged over all processes at every step."""
         if self.count == 1:
             return learner
-        return torch.nn.parallel.DistributedDataParallel(learner, broadcast_buffers=False)
+        return torch.nn.parallel.DistributedDataParallel(learner)
 
     def agree(self, *wishes: int) -> List[int]:
         """The largest wish of any process: all must stop, or save, after the same step."""
@@ -684,12 +683,10 @@ def choose_dials(
 
 def check_paths(arguments: argparse.Namespace) -> None:
     """Refuse, before any work is done, files that cannot be written or would replace each other."""
-    touched = [
-        name_of(path)
-        for path in (arguments.checkpoint, arguments.log)
-        for name_of in (os.path.realpath, unfinished_name, previous_name)
-    ]
-    touched.append(os.path.realpath(arguments.input))
+    touched = [arguments.input]
+    for path in (arguments.checkpoint, arguments.log):
+        touched += [path, unfinished_name(path), previous_name(path)]
+    touched = [os.path.realpath(path) for path in touched]
     twice = [path for path in touched if touched.count(path) > 1]
     if twice:
         raise SaveError(
@@ -763,11 +760,12 @@ def prepare(arguments: argparse.Namespace, processes: Processes) -> Optional[Run
     processes.join(device)
     precision = choose_precision(device)
     train_ids, held_out_ids = train_ids.to(device), held_out_ids.to(device)
-    learner = processes.spread(compiled(model, arguments.compile, train_ids, precision))
+    windows = math.ceil(dials.batch_size / processes.count)
+    learner = compiled(model, arguments.compile, train_ids, precision, windows)
     run = Run(
         dials=dials,
         model=model,
-        learner=learner,
+        learner=processes.spread(learner),
         optimizer=make_optimizer(model, dials),
         precision=precision,
         train_ids=train_ids,
