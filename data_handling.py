@@ -79,7 +79,11 @@ class CharTokenizer:
 
     def decode(self, ids: np.ndarray) -> str:
         """The text that `ids` stand for."""
-        return self._codes[np.asarray(ids)].tobytes().decode("utf-32-le", "surrogatepass")
+        return (
+            self._codes[np.asarray(ids, dtype=np.intp)]
+            .tobytes()
+            .decode("utf-32-le", "surrogatepass")
+        )
 
 
 def code_points(text: str) -> np.ndarray:

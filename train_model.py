@@ -61,6 +61,7 @@ from model_architecture import (
     check_tensors,
     check_writable,
     choose_device,
+    count_parameters,
     is_out_of_memory,
     keep_previous,
     load_checkpoint,
@@ -457,9 +458,8 @@ def restore(run: Run, training: Dict[str, Any]) -> None:
             and 0 <= updates <= step
         ):
             raise ValueError("step, losses and log do not fit together")
-        expected = {name: p.to("meta") for name, p in model.state_dict().items()}
         for kind in ("weights", "average", "square"):
-            check_tensors(kind, training[kind], expected)
+            check_tensors(kind, training[kind], model.state_dict())
         progress.step, progress.rows, progress.seconds = step, rows, training["seconds"]
         progress.best_loss = training["best_loss"]
         progress.best_weights = to_cpu(model.state_dict()) if rows else None
@@ -664,7 +664,11 @@ def choose_dials(
     if training is None:
         return Hyperparameters(**wanted)
     saved = training.get("dials") if isinstance(training, dict) else None
-    if not isinstance(saved, dict) or not set(saved) <= set(wanted):
+    if (
+        not isinstance(saved, dict)
+        or not set(saved) <= set(wanted)
+        or not all(type(x) in (int, float) and abs(x) < 2**64 for x in saved.values())
+    ):
         raise CheckpointError(f"{arguments.checkpoint!a}: its unfinished run is damaged (dials)")
     dials = Hyperparameters(**{**asdict(PRESETS["laptop"]), **saved})
     asked = wanted if arguments.preset != "auto" else dials_given(arguments)
@@ -703,7 +707,7 @@ def check_memory(dials: Hyperparameters, vocab_size: int) -> None:
     """
     if not hasattr(os, "sysconf"):  # Windows refuses what does not fit by itself
         return
-    parameters = 12 * dials.n_layer * dials.n_embd**2 + 2 * vocab_size * dials.n_embd
+    parameters = count_parameters(vocab_size, dials.n_embd, dials.n_layer)
     kept = 20 * dials.n_embd * dials.n_layer + 2 * vocab_size  # numbers per position
     positions = dials.batch_size * dials.block_size
     needed = 16 * parameters + 4 * kept * positions
