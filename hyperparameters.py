@@ -77,6 +77,8 @@ class Hyperparameters:
     def __post_init__(self) -> None:
         for one in fields(self):
             check_dial(one.name, getattr(self, one.name))
+            # A whole number is welcome where a broken one is meant; object lets us thaw the field.
+            object.__setattr__(self, one.name, one.type(getattr(self, one.name)))
         if self.n_embd % (2 * self.n_head) != 0:
             raise DialError(
                 f"n_embd must be a multiple of 2 * n_head ({2 * self.n_head}), not {self.n_embd}: "

@@ -700,13 +700,13 @@ def check_paths(arguments: argparse.Namespace) -> None:
     check_writable(arguments.log)
 
 
-def check_memory(dials: Hyperparameters, vocab_size: int) -> None:
+def check_memory(dials: Hyperparameters, vocab_size: int, device: torch.device) -> None:
     """Raise MemoryError for a run that this machine cannot hold, before the system kills it.
 
     A lower bound: weights, gradients and AdamW's two averages, and what one step keeps.
     """
-    if not hasattr(os, "sysconf"):  # Windows refuses what does not fit by itself
-        return
+    if device.type == "cuda" or not hasattr(os, "sysconf"):
+        return  # a GPU, and Windows, refuse by themselves what does not fit
     parameters = count_parameters(vocab_size, dials.n_embd, dials.n_layer)
     kept = 20 * dials.n_embd * dials.n_layer + 2 * vocab_size  # numbers per position
     positions = dials.batch_size * dials.block_size
@@ -724,6 +724,7 @@ def resume_command(arguments: argparse.Namespace) -> str:
         ("checkpoint", "tiny_gpt_model.pth"),
         ("log", "training_log.csv"),
         ("device", "auto"),
+        ("compile", "auto"),
     ):
         if getattr(arguments, name) != usual:
             command += [f"--{name}", getattr(arguments, name)]
@@ -755,7 +756,7 @@ def prepare(arguments: argparse.Namespace, processes: Processes) -> Optional[Run
         **{n: getattr(dials, n) for n in ("block_size", "n_embd", "n_head", "n_layer", "dropout")},
     }
     if training is None:
-        check_memory(dials, tokenizer.vocab_size)
+        check_memory(dials, tokenizer.vocab_size, device)
         torch.manual_seed(dials.seed)
         model = TinyGPT(**sizes)
     elif model.arguments != sizes or characters != tokenizer.characters:
@@ -800,8 +801,10 @@ def main(argv: Optional[List[str]] = None) -> int:
             return 0
         with StopRequest() as stop:
             train(run, stop)
+        processes.leave()
         return finish(run, arguments)
     except Stopped as stopped:
+        processes.leave()
         if processes.rank == 0:
             say(f"stopped and saved; continue with:  {resume_command(arguments)}")
         return 128 + stopped.signal_number
@@ -820,8 +823,6 @@ def main(argv: Optional[List[str]] = None) -> int:
             message = "another process of this run has ended; its message says why"
         else:
             raise
-    finally:
-        processes.leave()
     who = f"process {processes.rank}: " if processes.count > 1 else ""
     print(f"error: {who}{message}", file=sys.stderr)
     return 2
