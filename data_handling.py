@@ -26,9 +26,8 @@ import numpy as np
 import torch
 
 CHUNK = 1 << 16  # bytes read at once: a text of any size needs only this much room beside its ids
-LARGEST_HELD_OUT = (
-    1_000_000  # characters; more would make each evaluation slower, hardly more exact
-)
+# Characters held out at most: more would make each evaluation slower, and hardly more exact.
+LARGEST_HELD_OUT = 1_000_000
 
 
 class TextError(ValueError):
@@ -161,9 +160,8 @@ def shuffled_windows(length: int, block_size: int, seed: int, epoch: int) -> tor
     """
     generator = np.random.default_rng([seed, epoch])
     offset = generator.integers(min(block_size, length - block_size))
-    return torch.from_numpy(
-        offset + block_size * generator.permutation(windows_in(length, block_size))
-    )
+    order = generator.permutation(windows_in(length, block_size)).astype(np.int64)
+    return torch.from_numpy(offset + block_size * order)
 
 
 def gather(
@@ -238,9 +236,9 @@ def decoded_chunks(file: BinaryIO, path: str) -> Iterator[str]:
 
 
 def reason(error: Exception) -> str:
-    """The system's own words for what went wrong, in ASCII."""
-    words = getattr(error, "strerror", None) or str(error)
-    return words.encode("ascii", "backslashreplace").decode()
+    """What an error says, in one line and in ASCII."""
+    words = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return words.splitlines()[0].encode("unicode_escape").decode()
 
 
 def main(argv: List[str]) -> None:

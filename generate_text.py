@@ -10,7 +10,6 @@ been there all along. It takes the file that chapter 4 left; what it hands on is
 """
 
 import argparse
-import codecs
 import math
 import os
 import sys
@@ -71,8 +70,8 @@ def generate(
 
     The cache makes each new character cost one position. When the window is full, the newest half
     of it is read again into an empty cache: the text may go on for ever at the same speed. Of a
-    prompt longer than the window, the end is read. Sampling happens on the CPU, where the same
-    `generator` draws the same characters whatever device the model is on.
+    prompt longer than the window, the end is read. Sampling happens on the CPU, so `generator` need
+    not live where the model does.
     """
     model.eval()  # dropout is for learning
     device, block_size = model.embedding.weight.device, model.block_size
@@ -167,7 +166,7 @@ def read_prompt(wanted: Optional[str], tokenizer: CharTokenizer) -> str:
     if wanted == "-":
         data = sys.stdin.buffer.read() if sys.stdin else b""
         try:
-            wanted = codecs.decode(data, "utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+            wanted = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
             raise TextError(f"the prompt on stdin is not UTF-8 at byte {error.start}") from error
     if wanted:

@@ -1,10 +1,10 @@
 """Chapter 1 of 5: the dials of TinyGPT, and how to turn them.
 
-A language model is a function with thousands of adjustable numbers (its parameters, which training
-finds) and about twenty numbers that a person chooses: the hyperparameters, called dials here. At
-the end of this file you know which dials there are, what each means, and which two ready sets
-exist. Nothing comes before this file; the four that follow take their dials from it. Run it to see
-both sets side by side:
+A language model is a function with hundreds of thousands of adjustable numbers (its parameters,
+which training finds) and fifteen numbers that a person chooses: the hyperparameters, called dials
+here. At the end of this file you know which dials there are and which two ready sets exist. Do not
+stop at a word you do not know yet: the chapter named above each group explains it. Nothing comes
+before this file; chapter 4 hands its dials to the data and to the model. Run it to see both sets:
 
     python hyperparameters.py
 
@@ -15,7 +15,7 @@ run only.
 import argparse
 import os
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Dict
 
 
@@ -41,15 +41,13 @@ class Hyperparameters:
     # Data: what one training step sees (chapter 2).
     block_size: int = dial(128, 1, 65_536, "context window: characters the model sees at once")
     batch_size: int = dial(8, 1, 65_536, "windows learned from in one step, over all processes")
-    validation_fraction: float = dial(
-        0.1, 0.001, 0.5, "share of the text held out to measure on, 0 to 1"
-    )
+    validation_fraction: float = dial(0.1, 0.001, 0.5, "share of the text held out to measure on")
 
     # Model: how big the machine is (chapter 3).
     n_layer: int = dial(4, 1, 1_000, "blocks stacked on top of each other")
     n_head: int = dial(4, 1, 1_024, "attention heads in a block; each gets n_embd / n_head numbers")
     n_embd: int = dial(128, 2, 65_536, "numbers that describe one character inside the model")
-    dropout: float = dial(0.0, 0.0, 0.99, "share of each block's output zeroed in training, 0 to 1")
+    dropout: float = dial(0.0, 0.0, 0.99, "share of each block's output zeroed in training")
 
     # Optimisation: how it learns (chapter 4).
     epochs: int = dial(5, 1, 1_000_000, "passes over the training text")
@@ -58,12 +56,12 @@ class Hyperparameters:
         100, 0, 1_000_000, "steps to reach learning_rate, a tenth of a run at most"
     )
     weight_decay: float = dial(
-        0.4, 0.0, 100.0, "pull of every matrix towards zero, per unit of rate"
+        0.4, 0.0, 100.0, "each step shrinks every matrix by this times the rate"
     )
-    beta2: float = dial(
-        0.95, 0.0, 0.99999, "memory of AdamW's average of squared gradients, 0 to 1"
+    beta2: float = dial(0.95, 0.0, 0.99999, "memory of AdamW's average of squared gradients")
+    gradient_clip: float = dial(
+        1.0, 1e-6, 1e6, "longest gradient (as a vector) that is not shortened"
     )
-    gradient_clip: float = dial(1.0, 1e-6, 1e6, "longest gradient allowed, as a Euclidean norm")
     seed: int = dial(1337, 0, 2**63 - 1, "where every random choice starts; same seed, same result")
 
     # Reporting.
@@ -76,7 +74,7 @@ class Hyperparameters:
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            check_dial(one.name, getattr(self, one.name))
+            check_dial(one, getattr(self, one.name))
             # A whole number is welcome where a broken one is meant; object lets us thaw the field.
             object.__setattr__(self, one.name, one.type(getattr(self, one.name)))
         if self.n_embd % (2 * self.n_head) != 0:
@@ -86,16 +84,15 @@ class Hyperparameters:
             )
 
 
-def check_dial(name: str, value: Any) -> None:
+def check_dial(one: Field, value: Any) -> None:
     """Raise DialError unless `value` is a number of the dial's type inside the dial's range."""
-    one = {each.name: each for each in fields(Hyperparameters)}[name]
     lowest, highest = one.metadata["lowest"], one.metadata["highest"]
     types = (int,) if one.type is int else (int, float)
     # NaN fails every comparison, so it is refused too; and True is an int to Python, not to us.
     if type(value) not in types or not lowest <= value <= highest:
         kind = "a whole number" if one.type is int else "a number"
         raise DialError(
-            f"{name} must be {kind} from {lowest:,} to {highest:,}, not {ascii(value)[:40]}"
+            f"{one.name} must be {kind} from {lowest:,} to {highest:,}, not {ascii(value)[:40]}"
         )
 
 
@@ -183,7 +180,8 @@ def steady_output(raising: bool = False) -> None:
     """Make output survive a missing terminal, a closed pipe, a code page without the character."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")
-        stream.reconfigure(errors="replace")
+        if hasattr(stream, "reconfigure"):  # IDLE and notebooks have streams of their own
+            stream.reconfigure(errors="replace")
         setattr(sys, name, SteadyStream(stream, raising and name == "stdout"))
 
 

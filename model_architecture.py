@@ -16,7 +16,6 @@ Shapes are written in these letters, here and in the chapters after it:
 """
 
 import contextlib
-import errno
 import io
 import math
 import os
@@ -28,7 +27,7 @@ import struct
 import sys
 import warnings
 import zipfile
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -39,6 +38,9 @@ REACH = 3  # how many characters back a NeighbourMix looks
 Rotation = Tuple[torch.Tensor, torch.Tensor]
 
 
+# The heart of a GPT is attention, below: every position looks back at the others and takes from
+# each what it needs. One thing it lacks comes first.
+#
 # Attention compares what stands at two positions, but by itself it cannot tell which of the two
 # comes first, or how far apart they are. Turning the numbers at position t by an angle that grows
 # with t mends that: the dot product of two turned vectors depends on the angle between them, so on
@@ -49,8 +51,8 @@ Rotation = Tuple[torch.Tensor, torch.Tensor]
 def rotation_table(block_size: int, head_size: int) -> Rotation:
     """Cosines and sines of every position's angles, each (block_size, 1, D)."""
     speeds = 10_000.0 ** (-torch.arange(0, head_size, 2).float() / head_size)  # (D / 2,)
-    angles = torch.outer(torch.arange(block_size).float(), speeds)[:, None, :]  # (T, 1, D / 2)
-    cosines = torch.cat((angles.cos(), angles.cos()), dim=-1)  # (T, 1, D)
+    angles = torch.outer(torch.arange(block_size).float(), speeds)[:, None, :]
+    cosines = torch.cat((angles.cos(), angles.cos()), dim=-1)  # (block_size, 1, D)
     sines = torch.cat((-angles.sin(), angles.sin()), dim=-1)
     return cosines, sines
 
@@ -58,78 +60,9 @@ def rotation_table(block_size: int, head_size: int) -> Rotation:
 def rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     """Turn each pair (i, i + D / 2) of the D numbers of `x`, (B, T, H, D), by its angle."""
     cosines, sines = rotation
+    # A point (a, b) turned by an angle is (a cos - b sin, b cos + a sin). Rolling by D / 2 puts b
+    # in the place of a and a in the place of b; the table of sines carries the minus.
     return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, dims=-1), sines)
-
-
-class Linear(nn.Linear):
-    """A matrix product without bias.
-
-    For a single position, as in writing, a large matrix only streams past. The usual product uses
-    one core for that; multiplying and summing use all of them.
-    """
-
-    def __init__(self, n_in: int, n_out: int) -> None:
-        super().__init__(n_in, n_out, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, n_in) to (B, T, n_out)."""
-        if (
-            x.numel() == self.in_features
-            and self.weight.numel() > 100_000
-            and x.device.type == "cpu"
-        ):
-            return (self.weight * x).sum(dim=-1)[None]
-        return F.linear(x, self.weight)
-
-
-class Memory:
-    """What a block remembers of the positions it has read, so that a new one costs one position.
-
-    Without it, writing one more character would mean reading the whole window again. Keys and
-    values of the past never change, because no position sees what comes after it; so they are kept.
-    """
-
-    def __init__(self, batch: int, n_head: int, block_size: int, n_embd: int, like: torch.Tensor):
-        shape = (batch, n_head, block_size, n_embd // n_head)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)  # (B, H, block, D)
-        self.neighbours = like.new_zeros(batch, REACH, n_embd)  # the last ones read, oldest first
-
-
-class Cache:
-    """The memories of all blocks, and the neighbours of the model itself."""
-
-    def __init__(self, memories: List[Memory], neighbours: torch.Tensor) -> None:
-        self.memories, self.neighbours = memories, neighbours
-        self.length = 0  # positions read so far
-
-
-class NeighbourMix(nn.Module):
-    """Lets every position see a little of the three before it.
-
-    The characters just before are the best hint at the next one. Attention can learn to look one
-    step back, but it needs long to find out; a sum with learned weights has it from the start. One
-    weight per number and step back: a causal depthwise convolution (after So et al. 2021, Primer,
-    who put one behind the projections of attention). The weights start at zero, so an untrained mix
-    changes nothing.
-    """
-
-    def __init__(self, n_embd: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(REACH, n_embd))  # oldest neighbour first
-
-    def forward(self, x: torch.Tensor, memory: Optional[Any] = None) -> torch.Tensor:
-        """(B, T, C) to (B, T, C); a Memory or Cache holds the neighbours from before `x`."""
-        T = x.shape[1]
-        if memory is None:
-            window = F.pad(x, (0, 0, REACH, 0))  # (B, REACH + T, C)
-        else:
-            before, window = memory.neighbours, torch.cat((memory.neighbours, x), dim=1)
-            memory.neighbours = window[:, T:]
-            if T == 1:  # the same sum in one go
-                return x + (before * self.weight).sum(dim=1, keepdim=True)
-        for index, weight in enumerate(self.weight):
-            x = torch.addcmul(x, window[:, index : index + T], weight)
-        return x
 
 
 class MultiHeadAttention(nn.Module):
@@ -153,8 +86,9 @@ class MultiHeadAttention(nn.Module):
         D = C // self.n_head
         projected = self.queries_keys_values(x).view(B, T, 3 * self.n_head, D)
         queries_keys, values = projected.split((2 * self.n_head, self.n_head), dim=2)
-        # Nothing else keeps queries and keys from growing until softmax picks a single position
-        # and stops learning; normalised, they allow a higher learning rate (Henry et al. 2020).
+        # LayerNorm shifts and scales the D numbers of a head to mean 0 and variance 1. Nothing else
+        # keeps queries and keys from growing until softmax picks a single position and stops
+        # learning; normalised, they allow a higher learning rate (Henry et al. 2020).
         queries_keys = rotate(F.layer_norm(queries_keys, (D,)), rotation)  # (B, T, 2H, D)
         queries, keys = queries_keys.transpose(1, 2).chunk(2, dim=1)
         return queries, keys, values.transpose(1, 2)
@@ -163,8 +97,10 @@ class MultiHeadAttention(nn.Module):
     def weights(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """How much each position takes from each: (B, H, T, T), every row sums to 1.
 
-        This is the formula of the paper, softmax(QK^T / sqrt(D)), with the future masked out.
-        `forward` leaves it to PyTorch, which gets the same result without storing this table.
+        The score of two positions is the dot product of one's query and the other's key. Softmax
+        turns a row of scores into shares: e to the power of each, divided by their sum. Together:
+        softmax(QK^T / sqrt(D)), with the future masked out. `forward` leaves it to PyTorch, which
+        gets the same result without storing this table.
         """
         T, D = queries.shape[-2:]
         # A dot product of D random terms has variance D, so raw scores grow with the head size and
@@ -177,7 +113,7 @@ class MultiHeadAttention(nn.Module):
         return scores.masked_fill(future, -math.inf).softmax(dim=-1)
 
     def forward(
-        self, x: torch.Tensor, rotation: Rotation, memory: Optional[Memory] = None, past: int = 0
+        self, x: torch.Tensor, rotation: Rotation, memory: Optional["Memory"] = None, past: int = 0
     ) -> torch.Tensor:
         """(B, T, C) to (B, T, C); with a memory, the T positions come after its `past` ones."""
         B, T, C = x.shape
@@ -186,7 +122,9 @@ class MultiHeadAttention(nn.Module):
             memory.keys[:, :, past : past + T] = keys
             memory.values[:, :, past : past + T] = values
             keys, values = memory.keys[:, :, : past + T], memory.values[:, :, : past + T]
-        mask = None  # a single new position may see everything there is
+        # Without a past PyTorch masks the future itself (is_causal). A single new position may see
+        # everything; several after a past need a mask that is shifted by it.
+        mask = None
         if past and T > 1:
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(diagonal=past)
         collected = F.scaled_dot_product_attention(
@@ -195,11 +133,43 @@ class MultiHeadAttention(nn.Module):
         return self.output(collected.transpose(1, 2).reshape(B, T, C))
 
 
+class NeighbourMix(nn.Module):
+    """Lets every position see a little of the three before it.
+
+    The characters just before are the best hint at the next one. Attention can learn to look one
+    step back, but it needs long to find out; a sum with learned weights has it from the start. One
+    weight per number and step back: a causal depthwise convolution (after So et al. 2021, Primer,
+    who put one behind the projections of attention). The weights start at zero, so an untrained mix
+    changes nothing.
+    """
+
+    def __init__(self, n_embd: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(REACH, n_embd))  # oldest neighbour first
+
+    def forward(
+        self, x: torch.Tensor, memory: Union["Memory", "Cache", None] = None
+    ) -> torch.Tensor:
+        """(B, T, C) to (B, T, C); a Memory or Cache holds the neighbours from before `x`."""
+        T = x.shape[1]
+        if memory is None:
+            window = F.pad(x, (0, 0, REACH, 0))  # (B, REACH + T, C)
+        else:
+            before, window = memory.neighbours, torch.cat((memory.neighbours, x), dim=1)
+            memory.neighbours = window[:, T:]
+            if T == 1:  # the same sum in one go
+                return x + (before * self.weight).sum(dim=1, keepdim=True)
+        for index, weight in enumerate(self.weight):
+            x = torch.addcmul(x, window[:, index : index + T], weight)
+        return x
+
+
 class FeedForward(nn.Module):
     """Lets every position think about what attention has brought, each on its own.
 
-    Attention only averages; here the result is bent. Wide layer, squared ReLU, and back: the square
-    makes it learn faster at no cost (So et al. 2021).
+    Sums of sums are only sums: without a bend, a stack of layers could do no more than one. So the
+    numbers go through a wide layer, negatives become 0, the rest are squared, and a second layer
+    brings them back. The square learns faster than ReLU alone (So et al. 2021).
     """
 
     def __init__(self, n_embd: int) -> None:
@@ -227,10 +197,11 @@ class Block(nn.Module):
         self.attention = MultiHeadAttention(n_embd, n_head)
         self.mix = NeighbourMix(n_embd)
         self.feed_forward = FeedForward(n_embd)
+        # Zeroes a random share of a result in training, so that learning by heart is harder.
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: torch.Tensor, rotation: Rotation, memory: Optional[Memory] = None, past: int = 0
+        self, x: torch.Tensor, rotation: Rotation, memory: Optional["Memory"] = None, past: int = 0
     ) -> torch.Tensor:
         """(B, T, C) to (B, T, C)."""
         x = x + self.dropout(self.attention(self.norm(x), rotation, memory, past))
@@ -265,11 +236,13 @@ class TinyGPT(nn.Module):
             "dropout": float(dropout),
         }
         self.block_size = block_size
-        self.embedding = nn.Embedding(vocab_size, n_embd)  # one learned vector per character
+        # An id is a name, not an amount: 7 is not more than 3. So each id first looks up a vector
+        # of C learned numbers, its embedding.
+        self.embedding = nn.Embedding(vocab_size, n_embd)
         self.mix = NeighbourMix(n_embd)
         self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout) for _ in range(n_layer))
         self.norm = nn.LayerNorm(n_embd, elementwise_affine=False)
-        self.head = Linear(n_embd, vocab_size)  # one score per character
+        self.head = Linear(n_embd, vocab_size)
         # Tables that follow from the sizes are not worth a place in the checkpoint.
         cosines, sines = rotation_table(block_size, n_embd // n_head)
         self.register_buffer("cosines", cosines, persistent=False)
@@ -291,14 +264,14 @@ class TinyGPT(nn.Module):
             nn.init.zeros_(block.attention.output.weight)
             nn.init.zeros_(block.feed_forward.down.weight)
 
-    def new_cache(self, batch: int) -> Cache:
+    def new_cache(self, batch: int) -> "Cache":
         """An empty cache for `batch` windows read side by side."""
         n_embd, n_head = self.arguments["n_embd"], self.arguments["n_head"]
         like = self.embedding.weight.detach()
         memories = [Memory(batch, n_head, self.block_size, n_embd, like) for _ in self.blocks]
         return Cache(memories, like.new_zeros(batch, REACH, n_embd))
 
-    def forward(self, tokens: torch.Tensor, cache: Optional[Cache] = None) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, cache: Optional["Cache"] = None) -> torch.Tensor:
         """Ids (B, T) to logits (B, T, V): at every position, scores for the character after it.
 
         With a cache, the T ids come after those already read into it. Raises ValueError when all
@@ -315,6 +288,54 @@ class TinyGPT(nn.Module):
         if cache:
             cache.length += T
         return self.head(self.norm(x))  # (B, T, V)
+
+
+# ---- What makes writing fast --------------------------------------------------------------------
+
+
+class Memory:
+    """What a block remembers of the positions it has read, so that a new one costs one position.
+
+    Without it, writing one more character would mean reading the whole window again. Keys and
+    values of the past never change, because no position sees what comes after it; so they are kept.
+    """
+
+    def __init__(self, batch: int, n_head: int, block_size: int, n_embd: int, like: torch.Tensor):
+        shape = (batch, n_head, block_size, n_embd // n_head)
+        self.keys, self.values = (
+            like.new_zeros(shape),
+            like.new_zeros(shape),
+        )  # (B, H, block_size, D)
+        self.neighbours = like.new_zeros(batch, REACH, n_embd)  # the last ones read, oldest first
+
+
+class Cache:
+    """The memories of all blocks, and the neighbours of the model itself."""
+
+    def __init__(self, memories: List[Memory], neighbours: torch.Tensor) -> None:
+        self.memories, self.neighbours = memories, neighbours
+        self.length = 0  # positions read so far
+
+
+class Linear(nn.Linear):
+    """A matrix product without bias.
+
+    For a single position, as in writing, a large matrix only streams past. The usual product uses
+    one core for that; multiplying and summing use all of them.
+    """
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, n_in) to (B, T, n_out)."""
+        if (
+            x.numel() == self.in_features
+            and self.weight.numel() > 100_000
+            and x.device.type == "cpu"
+        ):
+            return (self.weight * x).sum(dim=-1)[None]
+        return F.linear(x, self.weight)
 
 
 def count_parameters(vocab_size: int, n_embd: int, n_layer: int) -> int:
@@ -339,6 +360,8 @@ def choose_device(wanted: str) -> Tuple[torch.device, str]:
     if wanted in ("auto", "cuda"):
         if torch.cuda.is_available():
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            if "LOCAL_RANK" in os.environ:
+                wanted = "cuda"  # one process on the CPU would keep those on GPUs waiting
             try:  # a GPU too old for this build of PyTorch is visible, yet cannot run anything
                 torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()
                 return device, torch.cuda.get_device_name(device)
@@ -426,7 +449,7 @@ def to_cpu(tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
-def unfinished_name(path: str) -> str:
+def temporary_name(path: str) -> str:
     """Where `path` is written before it takes its place: hidden, and the same every time.
 
     So what a crash leaves behind is replaced by the next save, and never piles up.
@@ -446,7 +469,7 @@ def write_atomically(path: str, data: Any) -> None:
 
     Raises SaveError when the system refuses; then nothing of the new file stays behind.
     """
-    temporary = unfinished_name(path)
+    temporary = temporary_name(path)
     try:
         try:
             with open(temporary, "wb") as file:
@@ -469,14 +492,12 @@ def write_atomically(path: str, data: Any) -> None:
 def sync_folder(folder: str) -> None:
     """Make a new name in `folder` survive a power cut, where the system can (Windows cannot)."""
     if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        except OSError as error:  # some network file systems cannot either
-            if error.errno != errno.EINVAL:
-                raise
-        finally:
-            os.close(handle)
+        with contextlib.suppress(OSError):  # some file systems cannot; the file is whole anyway
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
 
 def free_space(path: str) -> str:
@@ -492,9 +513,9 @@ def check_writable(path: str) -> None:
     if os.path.exists(path) and not os.path.isfile(path):
         raise SaveError(f"{path!a} is not a file and cannot be replaced by one; name another")
     try:
-        with open(unfinished_name(path), "wb"):
+        with open(temporary_name(path), "wb"):
             pass
-        os.remove(unfinished_name(path))
+        os.remove(temporary_name(path))
     except OSError as error:
         raise SaveError(f"cannot write beside {path!a}: {reason(error)}") from error
 
@@ -666,9 +687,9 @@ def main() -> None:
     print("shapes, as a batch flows through:")
     rotation = (model.cosines, model.sines)
     x = model.norm(model.mix(model.embedding(inputs)))
-    queries, keys, values = model.blocks[0].attention.project(x, rotation)
+    queries, keys, values = model.blocks[0].attention.project(model.blocks[0].norm(x), rotation)
     show("ids", inputs, "(B, T)")
-    show("after the embedding", x, "(B, T, C)")
+    show("what the blocks read", x, "(B, T, C)")
     show("queries, keys, values, each", queries, "(B, H, T, D)")
     weights = MultiHeadAttention.weights(queries, keys)
     show("attention weights", weights, "(B, H, T, T)")

@@ -15,8 +15,6 @@ protects the work (signals, saving, several processes) comes after it and is ski
 
 import argparse
 import contextlib
-import csv
-import io
 import math
 import os
 import shlex
@@ -68,27 +66,28 @@ from model_architecture import (
     previous_name,
     reason,
     save_checkpoint,
+    temporary_name,
     to_cpu,
-    unfinished_name,
     write_atomically,
 )
 
-EVALUATION_BATCH = 64  # windows measured at once
+EVALUATION_CHARACTERS = 8_192  # measured at once
 
 
 @torch.no_grad()
 def evaluate(model: TinyGPT, ids: torch.Tensor) -> float:
-    """Mean cross-entropy in nats a character over all of `ids`, in windows side by side.
+    """Mean loss over all of `ids`, in nats a character, in windows side by side.
 
-    Random batches would give a different figure every time; one exact pass repeats to the last
-    digit. Only the rest at the end that does not fill a window is left out. Dropout is off, in full
-    precision; the mode that the model was in is restored.
+    The loss is the surprise, -ln p, at each character that really came: the cross-entropy. Random
+    batches would give another figure every time; one exact pass repeats to the last digit. Only the
+    rest at the end that does not fill a window is left out. Dropout is off, and no 16-bit numbers
+    are used; the mode that the model was in is restored.
     """
     block_size, was_training = model.block_size, model.training
     starts = torch.arange(0, len(ids) - block_size, block_size, device=ids.device)
     total = 0.0
     model.eval()
-    for some in starts.split(EVALUATION_BATCH):
+    for some in starts.split(max(1, EVALUATION_CHARACTERS // block_size)):
         inputs, targets = gather(ids, some, block_size)
         logits = model(inputs)
         total += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
@@ -101,7 +100,7 @@ def learning_rate_at(step: int, total_steps: int, dials: Hyperparameters) -> flo
 
     Fresh parameters point in no direction worth following far, and AdamW's averages are still
     empty, so the rate climbs during warm-up. From there it falls on a straight line to zero: big
-    steps find the region, small ones settle in it. The last step is the smallest above zero.
+    steps find the region, small ones settle in it. The last step still moves a little.
     """
     warmup = min(dials.warmup_steps, total_steps // 10)
     if step < warmup:
@@ -112,15 +111,16 @@ def learning_rate_at(step: int, total_steps: int, dials: Hyperparameters) -> flo
 def make_optimizer(model: TinyGPT, dials: Hyperparameters) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019): every parameter gets a step size of its own.
 
-    It divides each gradient by its usual size, so rarely used parameters move as well. Weight decay
-    pulls the matrices towards zero, so that none grows on the few examples it has seen; the small
-    vectors of the neighbour mixes are left alone.
+    It steps along the average of recent gradients, divided by their usual size (an average of
+    squares that beta2 makes longer or shorter), so rarely used parameters move as well. Weight
+    decay pulls the matrices towards zero, so that none grows on the few examples it has seen; the small
+    weights of the neighbour mixes are left alone.
     """
     matrices = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))]
-    vectors = [m.weight for m in model.modules() if isinstance(m, NeighbourMix)]
+    mixes = [m.weight for m in model.modules() if isinstance(m, NeighbourMix)]
     groups = [
         {"params": matrices, "weight_decay": dials.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": mixes, "weight_decay": 0.0},
     ]
     # One fused kernel for all parameters; PyTorch has it on CUDA, and on a CPU since 2.4.
     newest = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 4)
@@ -144,7 +144,7 @@ class Progress:
 
 
 class Run(NamedTuple):
-    """All that one training run works with."""
+    """All that one training run works with, so that what follows takes one thing and not ten."""
 
     dials: Hyperparameters
     model: TinyGPT
@@ -169,21 +169,18 @@ class Run(NamedTuple):
 
 def take_step(run: Run, starts: torch.Tensor) -> None:
     """Learn from the windows that begin at `starts`, (B,)."""
-    dials, progress, optimizer, scaler = (
-        run.dials,
-        run.progress,
-        run.optimizer,
-        run.precision.scaler,
-    )
+    dials, progress = run.dials, run.progress
+    optimizer, scaler = run.optimizer, run.precision.scaler
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(progress.step, run.total_steps, dials)
 
-    mine = starts[run.processes.rank :: run.processes.count]  # all of them, in a single process
+    mine = run.processes.share(starts)  # all of them, unless there are several processes
     inputs, targets = gather(run.train_ids, mine, dials.block_size)  # (B, T) each
+    # A GPU multiplies faster in 16 bits; the scaler keeps small gradients from vanishing there. On
+    # a CPU both do nothing.
     with run.precision.context():
         logits = run.learner(inputs)  # (B, T, V)
-    # Cross-entropy: the surprise, -ln p, at the character that really came next, averaged. The
-    # optimizer averages over processes; dividing by everybody's windows makes that their sum.
+    # Gradients are averaged over processes; dividing by everybody's windows makes that their sum.
     loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
     loss = loss / (len(starts) * dials.block_size)
     progress.loss_sum += loss.detach() * len(starts)
@@ -215,13 +212,16 @@ def train_epoch(run: Run, epoch: int, stop: "StopRequest", bar: tqdm) -> float:
 
 
 def train(run: Run, stop: "StopRequest") -> None:
-    """Every epoch from where `run.progress` stands. Raises Stopped and Diverged, with all saved."""
+    """Every epoch from where `run.progress` stands.
+
+    Raises Stopped once all is saved, SaveError if it cannot be, Diverged when the loss is none.
+    """
     progress, dials = run.progress, run.dials
     with progress_bar(run) as bar:
         for epoch in range(len(progress.rows), dials.epochs):
             step, seconds = progress.step, progress.seconds
             train_loss = train_epoch(run, epoch, stop, bar)
-            val_loss = evaluate(run.model, run.held_out_ids) if run.processes.rank == 0 else 0.0
+            val_loss = evaluate(run.model, run.held_out_ids) if run.processes.is_first else 0.0
             check_finite(run, train_loss + val_loss)
             if val_loss < progress.best_loss:
                 progress.best_loss, progress.best_weights = val_loss, to_cpu(run.model.state_dict())
@@ -247,7 +247,7 @@ def progress_bar(run: Run) -> tqdm:
     return tqdm(
         total=run.total_steps,
         initial=run.progress.step,
-        disable=True if run.processes.rank else None,
+        disable=None if run.processes.is_first else True,
         dynamic_ncols=True,
         desc="training",
         unit="step",
@@ -255,7 +255,7 @@ def progress_bar(run: Run) -> tqdm:
 
 
 def describe(run: Run, path: str, vocab_size: int, device: torch.device, why: str) -> None:
-    """Say what is about to happen."""
+    """Say, before the waiting begins, what it is for."""
     dials, train_size, held_out_size = run.dials, len(run.train_ids), len(run.held_out_ids)
     parameters = sum(p.numel() for p in run.model.parameters())
     number = {None: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -263,7 +263,7 @@ def describe(run: Run, path: str, vocab_size: int, device: torch.device, why: st
     say(f"text      {path!a}: {train_size + held_out_size:,} characters, {vocab_size} different")
     say(f"split     {train_size:,} characters to train on, {held_out_size:,} held out")
     say(
-        f"model     {parameters:,} parameters: {dials.n_layer} layers of {dials.n_head} heads, "
+        f"model     {parameters:,} parameters: {dials.n_layer} blocks of {dials.n_head} heads, "
         f"width {dials.n_embd}, window {dials.block_size}"
     )
     say(
@@ -274,10 +274,11 @@ def describe(run: Run, path: str, vocab_size: int, device: torch.device, why: st
 
 def report_epoch(run: Run, steps: int, seconds: float) -> None:
     """One line for the epoch that just ended; `steps` and `seconds` are those of this session."""
-    if run.processes.rank:
+    if not run.processes.is_first:
         return
     epoch, step, train_loss, val_loss, _ = run.progress.rows[-1]
-    characters = steps * run.dials.batch_size * run.dials.block_size
+    windows = windows_in(len(run.train_ids), run.dials.block_size)
+    characters = min(steps * run.dials.batch_size, windows) * run.dials.block_size
     left = (run.total_steps - step) * seconds / max(steps, 1)
     say(
         f"epoch {epoch}/{run.dials.epochs}  step {step:,}  train loss {train_loss:.4f}  val loss "
@@ -356,9 +357,9 @@ def check_finite(run: Run, loss: float, weights: bool = True) -> None:
 class Files:
     """The two files of a run: the checkpoint, and the log that is written anew from its rows."""
 
-    def __init__(self, checkpoint: str, log: str, characters: str, text: str) -> None:
+    def __init__(self, checkpoint: str, log: str, vocabulary: str, text_id: str) -> None:
         self.checkpoint, self.log = checkpoint, log
-        self.characters, self.text = characters, text  # the vocabulary, and the fingerprint
+        self.vocabulary, self.text_id = vocabulary, text_id  # what a resumed run must find again
         self.older: List[str] = []  # files of another run, which the first save replaces
         self.unsaved = ""  # what the last save, if it failed, said
         self.last_save = time.monotonic()
@@ -373,8 +374,8 @@ class Files:
         """
         self.last_save = time.monotonic()
         finished = len(run.progress.rows) == run.dials.epochs
-        training = None if finished else unfinished(run, self.text)
-        if run.processes.rank:
+        training = None if finished else run_state(run, self.text_id)
+        if not run.processes.is_first:
             return True
         try:
             while self.older:
@@ -385,7 +386,7 @@ class Files:
             if run.progress.rows:
                 write_atomically(self.log, log_text(run.progress.rows))
             best = run.progress.best_weights
-            save_checkpoint(self.checkpoint, run.model, self.characters, best, training)
+            save_checkpoint(self.checkpoint, run.model, self.vocabulary, best, training)
             self.unsaved = ""
         except SaveError as error:
             self.unsaved = str(error)
@@ -397,52 +398,44 @@ class Files:
         self.older = [p for p in (self.checkpoint, self.log) if os.path.exists(p)]
         if rows is not None:
             self.older.remove(self.checkpoint)
-            if self.older:
-                with open(self.log, "rb") as file:
-                    present, ours = file.read(), log_text(rows)
+            with contextlib.suppress(OSError), open(self.log, "rb") as file:
+                present, ours = file.read(), log_text(rows)
                 if present.startswith(ours) or ours.startswith(present):
                     self.older = []
 
 
 def log_text(rows: List[List[float]]) -> bytes:
     """training_log.csv: a header and one row per finished epoch; losses in nats a character."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["epoch", "step", "train_loss", "val_loss", "seconds"])
+    lines = ["epoch,step,train_loss,val_loss,seconds"]
     for epoch, step, train_loss, val_loss, seconds in rows:
-        writer.writerow([epoch, step, repr(train_loss), repr(val_loss), f"{seconds:.1f}"])
-    return text.getvalue().encode("ascii")
+        lines.append(f"{epoch},{step},{train_loss!r},{val_loss!r},{seconds:.1f}")
+    return "".join(line + "\n" for line in lines).encode("ascii")
 
 
-def unfinished(run: Run, text: str) -> Dict[str, Any]:
+def run_state(run: Run, text_id: str) -> Dict[str, Any]:
     """All that an exact resume needs, in tensors and plain Python, for `restore` to read."""
-    progress, state = run.progress, run.optimizer.state
-    names = dict(run.model.named_parameters())
-    zeros = {name: torch.zeros_like(p) for name, p in names.items()}
-    average = {n: state[p]["exp_avg"] if state.get(p) else zeros[n] for n, p in names.items()}
-    square = {n: state[p]["exp_avg_sq"] if state.get(p) else zeros[n] for n, p in names.items()}
-    updates = [int(state[p]["step"]) for p in names.values() if state.get(p)]
-    cuda = run.train_ids.device.type == "cuda"
+    progress, device = run.progress, run.train_ids.device
+    adam = {name: run.optimizer.state[p] for name, p in run.model.named_parameters()}
+    cuda = device.type == "cuda"
     return {
         "dials": asdict(run.dials),
-        "text": text,
+        "text": text_id,
         "step": progress.step,
         "loss_sum": run.processes.total(progress.loss_sum),
         "rows": progress.rows,
         "best_loss": progress.best_loss,
         "seconds": progress.seconds,
         "weights": to_cpu(run.model.state_dict()),
-        "average": to_cpu(average),
-        "square": to_cpu(square),
-        "updates": updates[0] if updates else 0,
-        "scaler": run.precision.scaler.state_dict(),
+        "average": to_cpu({name: state["exp_avg"] for name, state in adam.items()}),
+        "square": to_cpu({name: state["exp_avg_sq"] for name, state in adam.items()}),
+        "updates": int(adam["embedding.weight"]["step"]),
         "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state(run.train_ids.device) if cuda else None,
+        "random_cuda": torch.cuda.get_rng_state(device) if cuda else None,
     }
 
 
 def restore(run: Run, training: Dict[str, Any]) -> None:
-    """Put a run back to where `unfinished` left it. Raises CheckpointError for forged values."""
+    """Put a run back to where `run_state` left it. Raises CheckpointError for forged values."""
     progress, model, device = run.progress, run.model, run.train_ids.device
     try:
         step, rows, updates = training["step"], training["rows"], training["updates"]
@@ -464,10 +457,9 @@ def restore(run: Run, training: Dict[str, Any]) -> None:
         progress.best_loss = training["best_loss"]
         progress.best_weights = to_cpu(model.state_dict()) if rows else None
         model.load_state_dict(training["weights"])
-        if run.processes.rank == 0:
+        if run.processes.is_first:
             progress.loss_sum.fill_(training["loss_sum"])
         restore_optimizer(run.optimizer, model, training)
-        run.precision.scaler.load_state_dict(training["scaler"])
         torch.set_rng_state(training["random"])
         if training["random_cuda"] is not None and device.type == "cuda":
             torch.cuda.set_rng_state(training["random_cuda"], device)
@@ -543,18 +535,17 @@ def compiled(
     """
     if wanted == "off" or (wanted == "auto" and ids.device.type != "cuda"):
         return model
-    random = torch.get_rng_state()
     starts = torch.zeros(windows, dtype=torch.long, device=ids.device)
     try:
-        faster = torch.compile(model)
-        with precision.context():
+        faster = torch.compile(model, dynamic=False)  # two sizes of batch, each worth its own code
+        gpus = [ids.device] if ids.device.type == "cuda" else []
+        with torch.random.fork_rng(gpus), precision.context():  # the trial must not change the run
             faster(gather(ids, starts, model.block_size)[0]).sum().backward()
         return faster
     except COMPILER_ERRORS as error:
         say(f"warning: the model cannot be compiled here, going on without: {reason(error)}")
         return model
     finally:
-        torch.set_rng_state(random)
         model.zero_grad(set_to_none=True)
 
 
@@ -564,6 +555,7 @@ class Processes:
     def __init__(self) -> None:
         self.rank = int(os.environ.get("RANK", 0))
         self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.is_first = self.rank == 0  # the one that prints, measures and saves
         self.group: Any = None
 
     def join(self, device: torch.device) -> None:
@@ -579,6 +571,10 @@ class Processes:
         if self.count == 1:
             return learner
         return torch.nn.parallel.DistributedDataParallel(learner)
+
+    def share(self, starts: torch.Tensor) -> torch.Tensor:
+        """This process's windows of a batch: every n-th."""
+        return starts[self.rank :: self.count]
 
     def agree(self, *wishes: int) -> List[int]:
         """The largest wish of any process: all must stop, or save, after the same step."""
@@ -610,18 +606,25 @@ class Processes:
 # ---- The command line ------------------------------------------------------------------------
 
 
+FILES = {  # flag: its default and its meaning
+    "input": ("input.txt", "the text to learn from"),
+    "checkpoint": ("tiny_gpt_model.pth", "the file to save the model to"),
+    "log": ("training_log.csv", "the table of losses to write"),
+}
+
+
 def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     """The flags of `python train_model.py`, dials included."""
     parser = OneSentenceParser(
         prog="train_model.py", description="Train TinyGPT on a text.", allow_abbrev=False
     )
-    for flag, default, meaning in (
-        ("--input", "input.txt", "the text to learn from"),
-        ("--checkpoint", "tiny_gpt_model.pth", "the file to save the model to"),
-        ("--log", "training_log.csv", "the table of losses to write"),
-    ):
+    for name, (default, meaning) in FILES.items():
         parser.add_argument(
-            flag, type=file_name, default=default, help=f"{meaning} ({default})", metavar="FILE"
+            f"--{name}",
+            type=file_name,
+            default=default,
+            help=f"{meaning} ({default})",
+            metavar="FILE",
         )
     parser.add_argument(
         "--device",
@@ -663,14 +666,12 @@ def choose_dials(
     wanted = {**asdict(PRESETS[preset]), **dials_given(arguments)}
     if training is None:
         return Hyperparameters(**wanted)
-    saved = training.get("dials") if isinstance(training, dict) else None
-    if (
-        not isinstance(saved, dict)
-        or not set(saved) <= set(wanted)
-        or not all(type(x) in (int, float) and abs(x) < 2**64 for x in saved.values())
-    ):
-        raise CheckpointError(f"{arguments.checkpoint!a}: its unfinished run is damaged (dials)")
-    dials = Hyperparameters(**{**asdict(PRESETS["laptop"]), **saved})
+    try:
+        dials = Hyperparameters(**{**asdict(PRESETS["laptop"]), **training["dials"]})
+    except (TypeError, LookupError, ValueError) as error:
+        raise CheckpointError(
+            f"{arguments.checkpoint!a}: its unfinished run is damaged (dials)"
+        ) from error
     asked = wanted if arguments.preset != "auto" else dials_given(arguments)
     differences = [
         f"{name} is {saved_value}, not {asked[name]}"
@@ -689,7 +690,7 @@ def check_paths(arguments: argparse.Namespace) -> None:
     """Refuse, before any work is done, files that cannot be written or would replace each other."""
     touched = [arguments.input]
     for path in (arguments.checkpoint, arguments.log):
-        touched += [path, unfinished_name(path), previous_name(path)]
+        touched += [path, temporary_name(path), previous_name(path)]
     touched = [os.path.realpath(path) for path in touched]
     twice = [path for path in touched if touched.count(path) > 1]
     if twice:
@@ -703,7 +704,7 @@ def check_paths(arguments: argparse.Namespace) -> None:
 def check_memory(dials: Hyperparameters, vocab_size: int, device: torch.device) -> None:
     """Raise MemoryError for a run that this machine cannot hold, before the system kills it.
 
-    A lower bound: weights, gradients and AdamW's two averages, and what one step keeps.
+    Weights, gradients, AdamW's two averages, and what one step keeps: a lower bound on a CPU.
     """
     if device.type == "cuda" or not hasattr(os, "sysconf"):
         return  # a GPU, and Windows, refuse by themselves what does not fit
@@ -716,36 +717,31 @@ def check_memory(dials: Hyperparameters, vocab_size: int, device: torch.device) 
         raise MemoryError(f"{needed / 1e9:,.0f} GB are needed, {installed / 1e9:,.0f} GB installed")
 
 
-def resume_command(arguments: argparse.Namespace) -> str:
-    """The command that continues this run."""
-    command = ["python", "train_model.py", "--resume"]
-    for name, usual in (
-        ("input", "input.txt"),
-        ("checkpoint", "tiny_gpt_model.pth"),
-        ("log", "training_log.csv"),
-        ("device", "auto"),
-        ("compile", "auto"),
-    ):
-        if getattr(arguments, name) != usual:
-            command += [f"--{name}", getattr(arguments, name)]
-    return shlex.join(command)
+def command_line(script: str, arguments: argparse.Namespace, *names: str) -> str:
+    """The command that runs `script` with those of the flags `names` that are not as usual."""
+    words = ["python", script]
+    for name in names:
+        value = getattr(arguments, name)
+        if value != (FILES[name][0] if name in FILES else "auto"):
+            words.append(f"--{name}={value}")  # one word: the value may begin with a dash
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def prepare(arguments: argparse.Namespace, processes: Processes) -> Optional[Run]:
     """Read text and checkpoint, check everything, build the run; None if it is finished already."""
-    if processes.rank == 0:
+    if processes.is_first:
         check_paths(arguments)
     training = None
     if arguments.resume:
-        model, characters, training = load_checkpoint(arguments.checkpoint)
+        model, vocabulary, training = load_checkpoint(arguments.checkpoint)
         if training is None:
             say(f"the run in {arguments.checkpoint!a} is finished; there is nothing to resume")
             return None
     device, why = choose_device(arguments.device)
     dials = choose_dials(arguments, device, training)
     tokenizer, ids = load_text(arguments.input)
-    text = fingerprint(tokenizer, ids)
-    if training is not None and training.get("text") != text:
+    text_id = fingerprint(tokenizer, ids)
+    if training is not None and training.get("text") != text_id:
         raise TextError(
             f"{arguments.input!a} is not the text that the run in {arguments.checkpoint!a} learns "
             "from; name that one with --input, or start a new run without --resume"
@@ -759,7 +755,7 @@ def prepare(arguments: argparse.Namespace, processes: Processes) -> Optional[Run
         check_memory(dials, tokenizer.vocab_size, device)
         torch.manual_seed(dials.seed)
         model = TinyGPT(**sizes)
-    elif model.arguments != sizes or characters != tokenizer.characters:
+    elif model.arguments != sizes or vocabulary != tokenizer.characters:
         raise CheckpointError(f"{arguments.checkpoint!a} is damaged: model and dials differ")
     model.to(device).train()
     processes.join(device)
@@ -777,11 +773,11 @@ def prepare(arguments: argparse.Namespace, processes: Processes) -> Optional[Run
         held_out_ids=held_out_ids,
         progress=Progress(device),
         processes=processes,
-        files=Files(arguments.checkpoint, arguments.log, tokenizer.characters, text),
+        files=Files(arguments.checkpoint, arguments.log, tokenizer.characters, text_id),
     )
     if training is not None:
         restore(run, training)
-    if processes.rank:  # the same dropout in every process would waste the others' randomness
+    if not processes.is_first:  # the same dropout in all would waste the others' randomness
         torch.manual_seed(dials.seed + run.progress.step + processes.rank)
     else:
         describe(run, arguments.input, tokenizer.vocab_size, device, why)
@@ -805,8 +801,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         return finish(run, arguments)
     except Stopped as stopped:
         processes.leave()
-        if processes.rank == 0:
-            say(f"stopped and saved; continue with:  {resume_command(arguments)}")
+        if processes.is_first:
+            command = command_line("train_model.py", arguments, *FILES, "device", "compile")
+            say(f"stopped and saved; continue with:  {command} --resume")
         return 128 + stopped.signal_number
     except KeyboardInterrupt:
         print("stopped before the first step; nothing was written", file=sys.stderr)
@@ -830,7 +827,7 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 def finish(run: Run, arguments: argparse.Namespace) -> int:
     """Say what came out of the run; return the exit status."""
-    if run.processes.rank:
+    if not run.processes.is_first:
         return 0
     if run.files.unsaved:
         raise SaveError(f"training is done, but its result is not saved: {run.files.unsaved}")
@@ -839,10 +836,7 @@ def finish(run: Run, arguments: argparse.Namespace) -> int:
         f"done: {arguments.checkpoint!a} holds the weights of epoch {best[0]}, validation loss "
         f"{best[3]:.4f}. Let it write:"
     )
-    command = ["python", "generate_text.py"]
-    if arguments.checkpoint != "tiny_gpt_model.pth":
-        command += ["--checkpoint", arguments.checkpoint]
-    say(f"  {shlex.join(command)}")
+    say("  " + command_line("generate_text.py", arguments, "checkpoint"))
     return 0
 
 
