@@ -631,6 +631,8 @@ def build_checked(contents: Any, file_size: int) -> TinyGPT:
     expected = {"format", "model", "vocabulary", "weights"}
     if set(contents) - {"training"} != expected:
         raise CheckpointError(f"it should hold {', '.join(sorted(expected))} and nothing else")
+    if not isinstance(contents.get("training", {}), dict):
+        raise CheckpointError("its unfinished run is damaged")
     arguments, characters, weights = (contents[k] for k in ("model", "vocabulary", "weights"))
 
     if not isinstance(arguments, dict) or set(arguments) != {*LARGEST, "dropout"}:

@@ -113,8 +113,8 @@ def make_optimizer(model: TinyGPT, dials: Hyperparameters) -> torch.optim.AdamW:
 
     It steps along the average of recent gradients, divided by their usual size (an average of
     squares that beta2 makes longer or shorter), so rarely used parameters move as well. Weight
-    decay pulls the matrices towards zero, so that none grows on the few examples it has seen; the small
-    weights of the neighbour mixes are left alone.
+    decay pulls the matrices towards zero, so that none grows on the few examples it has seen; the
+    small weights of the neighbour mixes are left alone.
     """
     matrices = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))]
     mixes = [m.weight for m in model.modules() if isinstance(m, NeighbourMix)]
