@@ -597,10 +597,13 @@ class Processes:
         signs = ("connection", "peer", "gloo", "nccl", "timed out")
         return self.count > 1 and any(sign in str(error).lower() for sign in signs)
 
-    def leave(self) -> None:
-        """Part from the others; harmless where there are none."""
+    def leave(self, status: int) -> int:
+        """The exit status. Several processes end right here: PyTorch 2.4 can hang in parting."""
         if self.group is not None:
-            dist.destroy_process_group()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        return status
 
 
 # ---- The command line ------------------------------------------------------------------------
@@ -797,14 +800,12 @@ def main(argv: Optional[List[str]] = None) -> int:
             return 0
         with StopRequest() as stop:
             train(run, stop)
-        processes.leave()
-        return finish(run, arguments)
+        return processes.leave(finish(run, arguments))
     except Stopped as stopped:
-        processes.leave()
         if processes.is_first:
             command = command_line("train_model.py", arguments, *FILES, "device", "compile")
             say(f"stopped and saved; continue with:  {command} --resume")
-        return 128 + stopped.signal_number
+        return processes.leave(128 + stopped.signal_number)
     except KeyboardInterrupt:
         print("stopped before the first step; nothing was written", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -822,7 +823,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             raise
     who = f"process {processes.rank}: " if processes.count > 1 else ""
     print(f"error: {who}{message}", file=sys.stderr)
-    return 2
+    return processes.leave(2)
 
 
 def finish(run: Run, arguments: argparse.Namespace) -> int:
