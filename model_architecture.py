@@ -193,8 +193,9 @@ class Block(nn.Module):
     def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
         super().__init__()
         # No learned scale in LayerNorm: the matrix that reads its output can learn it as well.
-        self.norm = nn.LayerNorm(n_embd, elementwise_affine=False)
+        self.attention_norm = nn.LayerNorm(n_embd, elementwise_affine=False)
         self.attention = MultiHeadAttention(n_embd, n_head)
+        self.feed_forward_norm = nn.LayerNorm(n_embd, elementwise_affine=False)
         self.mix = NeighbourMix(n_embd)
         self.feed_forward = FeedForward(n_embd)
         # Zeroes a random share of a result in training, so that learning by heart is harder.
@@ -204,8 +205,8 @@ class Block(nn.Module):
         self, x: torch.Tensor, rotation: Rotation, memory: Optional["Memory"] = None, past: int = 0
     ) -> torch.Tensor:
         """(B, T, C) to (B, T, C)."""
-        x = x + self.dropout(self.attention(self.norm(x), rotation, memory, past))
-        mixed = self.mix(self.norm(x), memory)
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotation, memory, past))
+        mixed = self.mix(self.feed_forward_norm(x), memory)
         return x + self.dropout(self.feed_forward(mixed))
 
 
@@ -302,10 +303,8 @@ class Memory:
 
     def __init__(self, batch: int, n_head: int, block_size: int, n_embd: int, like: torch.Tensor):
         shape = (batch, n_head, block_size, n_embd // n_head)
-        self.keys, self.values = (
-            like.new_zeros(shape),
-            like.new_zeros(shape),
-        )  # (B, H, block_size, D)
+        self.keys = like.new_zeros(shape)  # (B, H, block_size, D)
+        self.values = like.new_zeros(shape)
         self.neighbours = like.new_zeros(batch, REACH, n_embd)  # the last ones read, oldest first
 
 
@@ -689,7 +688,8 @@ def main() -> None:
     print("shapes, as a batch flows through:")
     rotation = (model.cosines, model.sines)
     x = model.norm(model.mix(model.embedding(inputs)))
-    queries, keys, values = model.blocks[0].attention.project(model.blocks[0].norm(x), rotation)
+    normalised = model.blocks[0].attention_norm(x)
+    queries, keys, values = model.blocks[0].attention.project(normalised, rotation)
     show("ids", inputs, "(B, T)")
     show("what the blocks read", x, "(B, T, C)")
     show("queries, keys, values, each", queries, "(B, H, T, D)")
