@@ -50,7 +50,7 @@ class Hyperparameters:
     dropout: float = dial(0.0, 0.0, 0.99, "share of each block's output zeroed in training")
 
     # Optimisation: how it learns (chapter 4).
-    epochs: int = dial(5, 1, 1_000_000, "passes over the training text")
+    epochs: int = dial(4, 1, 1_000_000, "passes over the training text")
     learning_rate: float = dial(6e-3, 1e-9, 10.0, "size of the largest step, reached after warm-up")
     warmup_steps: int = dial(
         100, 0, 1_000_000, "steps to reach learning_rate, a tenth of a run at most"
