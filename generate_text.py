@@ -25,6 +25,7 @@ from model_architecture import (
     TinyGPT,
     choose_device,
     is_out_of_memory,
+    lay_out_for_writing,
     load_checkpoint,
     reason,
 )
@@ -40,11 +41,15 @@ def next_probabilities(
     for its limit, all on the best. `top_k` keeps the k best (0: all). `top_p` keeps the smallest
     set of best characters whose probabilities reach p (Holtzman et al. 2020); 1.0 keeps all.
     """
-    # Double precision, and the best score moved to 0: no temperature above 0 can overflow then.
-    scores, order = logits.double().sort(dim=-1, descending=True, stable=True)  # (B, V) each
     if temperature == 0:
         top_k, temperature = 1, 1.0
-    probabilities = ((scores - scores[:, :1]) / temperature).softmax(dim=-1)
+    # Double precision, and the best score moved to 0: no temperature above 0 can overflow then.
+    scores = logits.double()
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature
+    if top_k == 0 and top_p == 1:
+        return scores.softmax(dim=-1)
+    scores, order = scores.sort(dim=-1, descending=True, stable=True)  # (B, V) each
+    probabilities = scores.softmax(dim=-1)
     if top_k:
         probabilities[:, top_k:] = 0
     if top_p < 1:
@@ -74,6 +79,7 @@ def generate(
     not live where the model does.
     """
     model.eval()  # dropout is for learning
+    lay_out_for_writing(model)
     device, block_size = model.embedding.weight.device, model.block_size
     context = prompt[:, -block_size:]  # (B, T): what the cache holds once `unread` is read
     unread, cache = context, model.new_cache(len(prompt))

@@ -139,12 +139,14 @@ def python(*command: str, folder: Path, **more: str) -> subprocess.Popen:
 
 
 def outcome(process: subprocess.Popen) -> Outcome:
-    """Wait for the process; kill it if it hangs."""
+    """Wait for the process; if it hangs, kill it and all that it started."""
     try:
         out, err = process.communicate(timeout=DEADLINE)
     except subprocess.TimeoutExpired:
+        process.terminate()  # as torchrun needs it, to end the processes that it started
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=60)
         process.kill()
-        process.communicate()
         raise
     return Outcome(process.returncode, out.decode("utf-8"), err.decode("utf-8"))
 
