@@ -1,6 +1,7 @@
 """What several test files share: a tiny model, its checkpoint, and a way to run the scripts."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ LETTERS = "\n !Eabcdelnorst"
 # The same examples every time: a failure that one machine sees can be seen on every other.
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("tests")
+# A shell that starts the tests in the background lets them, and all they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # more threads only get in each other's way with models this small
 
 
