@@ -49,20 +49,36 @@ Rotation = Tuple[torch.Tensor, torch.Tensor]
 
 
 def rotation_table(block_size: int, head_size: int) -> Rotation:
-    """Cosines and sines of every position's angles, each (block_size, 1, D)."""
+    """Cosines and sines of every position's angles, each (block_size, D)."""
     speeds = 10_000.0 ** (-torch.arange(0, head_size, 2).float() / head_size)  # (D / 2,)
-    angles = torch.outer(torch.arange(block_size).float(), speeds)[:, None, :]
-    cosines = torch.cat((angles.cos(), angles.cos()), dim=-1)  # (block_size, 1, D)
+    angles = torch.outer(torch.arange(block_size).float(), speeds)
+    cosines = torch.cat((angles.cos(), angles.cos()), dim=-1)  # (block_size, D)
     sines = torch.cat((-angles.sin(), angles.sin()), dim=-1)
     return cosines, sines
 
 
 def rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """Turn each pair (i, i + D / 2) of the D numbers of `x`, (B, T, H, D), by its angle."""
+    """Turn each pair (i, i + D / 2) of the D numbers of `x`, (B, H, T, D), by its angle."""
     cosines, sines = rotation
     # A point (a, b) turned by an angle is (a cos - b sin, b cos + a sin). Rolling by D / 2 puts b
     # in the place of a and a in the place of b; the table of sines carries the minus.
     return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, dims=-1), sines)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Shifts and scales the last n numbers to mean 0 and variance 1 (Ba et al. 2016).
+
+    Sums grow from layer to layer; what reads them learns best from numbers of the same size. It has
+    no learned scale, as the matrix that reads its output can learn that as well; looking for one is
+    what makes PyTorch's own forward slow on a single position.
+    """
+
+    def __init__(self, n: int) -> None:
+        super().__init__(n, elementwise_affine=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., n) to (..., n)."""
+        return F.layer_norm(x, self.normalized_shape)
 
 
 class MultiHeadAttention(nn.Module):
@@ -84,14 +100,14 @@ class MultiHeadAttention(nn.Module):
         """Queries, keys and values of `x`, (B, T, C): three times (B, H, T, D)."""
         B, T, C = x.shape
         D = C // self.n_head
-        projected = self.queries_keys_values(x).view(B, T, 3 * self.n_head, D)
-        queries_keys, values = projected.split((2 * self.n_head, self.n_head), dim=2)
-        # LayerNorm shifts and scales the D numbers of a head to mean 0 and variance 1. Nothing else
-        # keeps queries and keys from growing until softmax picks a single position and stops
-        # learning; normalised, they allow a higher learning rate (Henry et al. 2020).
-        queries_keys = rotate(F.layer_norm(queries_keys, (D,)), rotation)  # (B, T, 2H, D)
-        queries, keys = queries_keys.transpose(1, 2).chunk(2, dim=1)
-        return queries, keys, values.transpose(1, 2)
+        projected = self.queries_keys_values(x).view(B, T, 3 * self.n_head, D).transpose(1, 2)
+        queries_keys, values = projected.split((2 * self.n_head, self.n_head), dim=1)
+        # Nothing but LayerNorm keeps queries and keys from growing until softmax picks a single
+        # position and stops learning; normalised, they allow a higher learning rate (Henry et al.
+        # 2020).
+        queries_keys = rotate(F.layer_norm(queries_keys, (D,)), rotation)  # (B, 2H, T, D)
+        queries, keys = queries_keys.chunk(2, dim=1)
+        return queries, keys, values
 
     @staticmethod
     def weights(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -119,9 +135,7 @@ class MultiHeadAttention(nn.Module):
         B, T, C = x.shape
         queries, keys, values = self.project(x, rotation)
         if memory is not None:
-            memory.keys[:, :, past : past + T] = keys
-            memory.values[:, :, past : past + T] = values
-            keys, values = memory.keys[:, :, : past + T], memory.values[:, :, : past + T]
+            keys, values = memory.add(keys, values, past)
         # Without a past PyTorch masks the future itself (is_causal). A single new position may see
         # everything; several after a past need a mask that is shifted by it.
         mask = None
@@ -192,13 +206,11 @@ class Block(nn.Module):
 
     def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
         super().__init__()
-        # No learned scale in LayerNorm: the matrix that reads its output can learn it as well.
-        self.attention_norm = nn.LayerNorm(n_embd, elementwise_affine=False)
+        self.attention_norm = LayerNorm(n_embd)
         self.attention = MultiHeadAttention(n_embd, n_head)
-        self.feed_forward_norm = nn.LayerNorm(n_embd, elementwise_affine=False)
+        self.feed_forward_norm = LayerNorm(n_embd)
         self.mix = NeighbourMix(n_embd)
         self.feed_forward = FeedForward(n_embd)
-        # The share of a result that is zeroed in training, so that learning by heart is harder.
         self.dropout = dropout
 
     def forward(
@@ -206,9 +218,13 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         """(B, T, C) to (B, T, C)."""
         attended = self.attention(self.attention_norm(x), rotation, memory, past)
-        x = x + F.dropout(attended, self.dropout, self.training)
+        x = x + self.thin_out(attended)
         thought = self.feed_forward(self.mix(self.feed_forward_norm(x), memory))
-        return x + F.dropout(thought, self.dropout, self.training)
+        return x + self.thin_out(thought)
+
+    def thin_out(self, x: torch.Tensor) -> torch.Tensor:
+        """In training, zero a share of `x`, so that learning by heart is harder (dropout)."""
+        return F.dropout(x, self.dropout) if self.training else x
 
 
 class TinyGPT(nn.Module):
@@ -243,7 +259,7 @@ class TinyGPT(nn.Module):
         self.embedding = nn.Embedding(vocab_size, n_embd)
         self.mix = NeighbourMix(n_embd)
         self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout) for _ in range(n_layer))
-        self.norm = nn.LayerNorm(n_embd, elementwise_affine=False)
+        self.norm = LayerNorm(n_embd)
         self.head = Linear(n_embd, vocab_size)
         # Tables that follow from the sizes are not worth a place in the checkpoint.
         cosines, sines = rotation_table(block_size, n_embd // n_head)
@@ -308,6 +324,13 @@ class Memory:
         self.values = like.new_zeros(shape)
         self.neighbours = like.new_zeros(batch, REACH, n_embd)  # the last ones read, oldest first
 
+    def add(self, keys: torch.Tensor, values: torch.Tensor, past: int) -> Rotation:
+        """Keep T more keys and values, (B, H, T, D), after `past`; return all there are now."""
+        T = keys.shape[2]
+        self.keys.narrow(2, past, T).copy_(keys)
+        self.values.narrow(2, past, T).copy_(values)
+        return self.keys.narrow(2, 0, past + T), self.values.narrow(2, 0, past + T)
+
 
 class Cache:
     """The memories of all blocks, and the neighbours of the model itself."""
@@ -330,14 +353,15 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, n_in) to (B, T, n_out)."""
+        weight = self.weight
         if (
             x.numel() == self.in_features
-            and self.weight.numel() > 100_000  # smaller ones are not worth a second core
-            and self.weight.stride(0) == 1
+            and weight.numel() > 100_000  # smaller ones are not worth a second core
+            and weight.stride(0) == 1
         ):
-            halves = self.weight.t().view(2, -1, self.out_features)
-            return torch.bmm(x.view(2, 1, -1), halves).sum(dim=0)[None]
-        return F.linear(x, self.weight)
+            halves = weight.t().view(2, -1, self.out_features)
+            return torch.bmm(x.view(2, 1, -1), halves).sum(dim=0, keepdim=True)
+        return F.linear(x, weight)
 
 
 def lay_out_for_writing(model: TinyGPT) -> None:

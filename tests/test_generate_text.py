@@ -12,7 +12,7 @@ import torch
 from optional_hypothesis import given, st
 
 import generate_text
-from generate_text import generate, main, next_probabilities
+from generate_text import draw, generate, main, next_probabilities
 from model_architecture import TinyGPT, save_checkpoint
 
 SCRIPT = generate_text.__file__
@@ -117,6 +117,26 @@ def test_whatever_the_dials_every_row_is_a_distribution(logits, temperature, top
     best = probabilities.gather(1, logits.argmax(-1, True))
     assert (best > 0).all()  # the best always stays
     assert torch.equal(logits, before)  # a pure function
+
+
+# ---- One draw ----------------------------------------------------------------------------------
+
+
+def test_each_character_is_drawn_as_often_as_its_probability_says():
+    many, generator = 20_000, torch.Generator().manual_seed(1)
+    known = torch.tensor([0.5, 0.0, 0.25, 0.2, 0.05]).double()
+    counts = torch.bincount(draw(known.expand(many, -1), generator)[:, 0], minlength=5)
+    deviation = (known * (1 - known) / many).sqrt()  # of a share in so many draws
+    assert ((counts / many - known).abs() <= 4 * deviation).all()
+    assert counts[1] == 0
+
+
+def test_a_draw_is_that_of_pytorch():
+    probabilities = next_probabilities(torch.randn(8, 65), 1.5, top_k=40)
+    ours, theirs = torch.Generator().manual_seed(2), torch.Generator().manual_seed(2)
+    for _ in range(200):
+        expected = torch.multinomial(probabilities, 1, generator=theirs)
+        assert torch.equal(draw(probabilities, ours), expected)
 
 
 # ---- The loop ----------------------------------------------------------------------------------
