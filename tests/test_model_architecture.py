@@ -30,6 +30,7 @@ from model_architecture import (
     load_checkpoint,
     rotation_table,
     save_checkpoint,
+    squared_relu,
     write_atomically,
 )
 
@@ -133,6 +134,17 @@ def test_feed_forward_treats_every_position_on_its_own():
     hidden = (x @ feed_forward.up.weight.t()).clamp(min=0) ** 2
     assert close(feed_forward(x), hidden @ feed_forward.down.weight.t())
     assert close(feed_forward(x)[:, 2:3], feed_forward(x[:, 2:3]))
+
+
+def test_the_written_out_gradient_is_the_one_pytorch_finds():
+    x = torch.randn(4, 6, requires_grad=True)
+    arriving = torch.randn(4, 6)
+    with torch.no_grad():
+        without = squared_relu(x)
+    assert torch.equal(without, squared_relu(x)) and torch.equal(without, x.clamp(min=0) ** 2)
+    (ours,) = torch.autograd.grad(squared_relu(x), x, arriving)
+    (theirs,) = torch.autograd.grad(x.clamp(min=0) ** 2, x, arriving)
+    assert close(ours, theirs) and not close(ours, torch.zeros(4, 6))
 
 
 # ---- The model ---------------------------------------------------------------------------------

@@ -617,6 +617,7 @@ def check_compiled(here, done):
         assert float(compiled[3]) == pytest.approx(float(eager[3]), abs=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function:DeprecationWarning")  # its own
 def test_compiled_weights_have_their_plain_names(here, monkeypatch):
     """The compiler's first half only: turning it into C++ takes half a minute (see below)."""
     quick = functools.partial(torch.compile, backend="aot_eager")
