@@ -351,7 +351,7 @@ class Memory:
         self.values = like.new_zeros(shape)
         self.neighbours = like.new_zeros(batch, REACH, n_embd)  # the last ones read, oldest first
 
-    def add(self, keys: torch.Tensor, values: torch.Tensor, past: int) -> Rotation:
+    def add(self, keys: torch.Tensor, values: torch.Tensor, past: int) -> Tuple[torch.Tensor, ...]:
         """Keep T more keys and values, (B, H, T, D), after `past`; return all there are now."""
         T = keys.shape[2]
         self.keys.narrow(2, past, T).copy_(keys)
