@@ -25,7 +25,6 @@ from model_architecture import (
     TinyGPT,
     choose_device,
     is_out_of_memory,
-    lay_out_for_writing,
     load_checkpoint,
     reason,
 )
@@ -90,7 +89,6 @@ def generate(
     not live where the model does.
     """
     model.eval()  # dropout is for learning
-    lay_out_for_writing(model)
     device, block_size = model.embedding.weight.device, model.block_size
     context = prompt[:, -block_size:]  # (B, T): what the cache holds once `unread` is read
     unread, cache = context, model.new_cache(len(prompt))

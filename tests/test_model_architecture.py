@@ -19,6 +19,7 @@ from model_architecture import (
     CheckpointError,
     DeviceError,
     FeedForward,
+    Linear,
     MultiHeadAttention,
     NeighbourMix,
     SaveError,
@@ -252,13 +253,27 @@ def test_cached_logits_equal_uncached_ones(tiny_model, pieces, batch):
         assert close(cached, model(tokens))
 
 
-def test_cached_logits_equal_uncached_ones_in_a_wide_model(tiny_model):
-    model = tiny_model(vocab_size=600, block_size=6, n_embd=192, n_head=6)
-    tokens = torch.arange(6)[None]
+@pytest.mark.parametrize("batch", [1, 2, 9])
+def test_cached_logits_equal_uncached_ones_in_a_wide_model(tiny_model, batch):
+    model = tiny_model(vocab_size=600, block_size=12, n_embd=192, n_head=6)
+    tokens = torch.randint(0, 600, (batch, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        cache = model.new_cache(1)
+        cache = model.new_cache(batch)
         cached = torch.cat([model(one, cache) for one in tokens.split(1, dim=1)], dim=1)
         assert close(cached, model(tokens))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 8), (3, 3), (0, 4)], ids=str)
+def test_a_large_matrix_gives_few_rows_what_it_gives_many(shape):
+    layer = Linear(300, 400)  # large enough to have its columns read by all cores
+    x = torch.randn(*shape, 300, requires_grad=True)
+    expected = F.linear(x, layer.weight)
+    found = layer(x)
+    assert found.shape == (*shape, 400) and close(found, expected)
+    arriving = torch.randn(*shape, 400)
+    ours = torch.autograd.grad(found, (x, layer.weight), arriving)
+    theirs = torch.autograd.grad(expected, (x, layer.weight), arriving)
+    assert all(close(one, other) for one, other in zip(ours, theirs))
 
 
 def test_two_caches_of_one_model_do_not_disturb_each_other(tiny_model):
