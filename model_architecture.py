@@ -308,34 +308,13 @@ class TinyGPT(nn.Module):
         return self.head(self.norm(x))  # (B, T, V)
 
 
+def count_parameters(vocab_size: int, n_embd: int, n_layer: int) -> int:
+    """The numbers that training finds: known before a model of that size takes up memory."""
+    block = 12 * n_embd**2 + REACH * n_embd  # 4 C^2 in attention, 8 C^2 in feed-forward, and a mix
+    return 2 * vocab_size * n_embd + REACH * n_embd + n_layer * block
+
+
 # ---- What makes it fast -------------------------------------------------------------------------
-
-
-class SquaredReLU(torch.autograd.Function):
-    """max(x, 0)^2 with its gradient, 2 max(x, 0), written out.
-
-    PyTorch would put the gradient together from those of two steps, in four passes over the widest
-    numbers of the model. One pass does.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        """Any shape to the same shape."""
-        positive = F.relu(x)
-        ctx.save_for_backward(positive)
-        return positive.square()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient of the result to the gradient of `x`."""
-        (positive,) = ctx.saved_tensors
-        return torch.addcmul(positive.new_zeros(()), gradient, positive, value=2)
-
-
-def squared_relu(x: torch.Tensor) -> torch.Tensor:
-    """max(x, 0)^2. Only a CPU needs help with its gradient: for a GPU it is compiled."""
-    by_hand = torch.is_grad_enabled() and x.device.type == "cpu"
-    return SquaredReLU.apply(x) if by_hand else F.relu(x).square()
 
 
 class Memory:
@@ -381,21 +360,39 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, n_in) to (B, T, n_out)."""
-        weight = self.weight
-        if weight.numel() < 100_000 or x.device.type != "cpu":
-            return F.linear(x, weight)
-        rows = x.numel() // self.in_features
-        if not 1 <= rows <= 8:
+        weight, rows = self.weight, x.numel() // self.in_features
+        if weight.numel() < 100_000 or not 1 <= rows <= 8 or x.device.type != "cpu":
             return F.linear(x, weight)
         flat = x.reshape(rows, -1)
         columns = (flat if rows > 1 else torch.cat((flat, flat))).t()  # (n_in, B * T), or 2 columns
         return (weight @ columns)[:, :rows].t().reshape(*x.shape[:-1], self.out_features)
 
 
-def count_parameters(vocab_size: int, n_embd: int, n_layer: int) -> int:
-    """The numbers that training finds: known before a model of that size takes up memory."""
-    block = 12 * n_embd**2 + REACH * n_embd  # 4 C^2 in attention, 8 C^2 in feed-forward, and a mix
-    return 2 * vocab_size * n_embd + REACH * n_embd + n_layer * block
+class SquaredReLU(torch.autograd.Function):
+    """max(x, 0)^2 with its gradient, 2 max(x, 0), written out.
+
+    PyTorch would put the gradient together from those of two steps, in four passes over the widest
+    numbers of the model. One pass does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        """Any shape to the same shape."""
+        positive = F.relu(x)
+        ctx.save_for_backward(positive)
+        return positive.square()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of the result to the gradient of `x`."""
+        (positive,) = ctx.saved_tensors
+        return torch.addcmul(positive.new_zeros(()), gradient, positive, value=2)
+
+
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """max(x, 0)^2. Only a CPU needs help with its gradient: for a GPU it is compiled."""
+    by_hand = torch.is_grad_enabled() and x.device.type == "cpu"
+    return SquaredReLU.apply(x) if by_hand else F.relu(x).square()
 
 
 # ---- Where to compute ------------------------------------------------------------------------

@@ -333,6 +333,8 @@ def suffer(
             if operations == halt_at_file:
                 os.kill(os.getpid(), signal.SIGSTOP)
 
+    # Unless told otherwise it ignores none, also when `nohup pytest` is what started all this.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for number in ignore:
         signal.signal(number, signal.SIG_IGN)
     if halt_at_steps:
