@@ -63,12 +63,13 @@ def next_probabilities(
 def draw(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Draw one id for every row of probabilities (B, V): (B, 1).
 
-    Every character runs a race over a random time, exponentially distributed and divided by its
-    probability; the chance to be first is then exactly that probability. `torch.multinomial` draws
-    the same ids, but checks its input first, which takes as long as half a block of the model.
+    Every character waits for a random time (exponentially distributed) divided by its probability;
+    the chance to be the first is then exactly that probability. `torch.multinomial` draws the same
+    ids in the same way, but checks its input first, which takes as long as half a block of the
+    model.
     """
     times = torch.empty_like(probabilities).exponential_(generator=generator)
-    return (probabilities / times).argmax(dim=-1, keepdim=True)
+    return (probabilities / times).argmax(dim=-1, keepdim=True)  # of the shortest wait
 
 
 @torch.inference_mode()
