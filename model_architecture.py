@@ -60,9 +60,10 @@ def rotation_table(block_size: int, head_size: int) -> Rotation:
 def rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     """Turn each pair (i, i + D / 2) of the D numbers of `x`, (B, H, T, D), by its angle."""
     cosines, sines = rotation
-    # A point (a, b) turned by an angle is (a cos - b sin, b cos + a sin). Rolling by D / 2 puts b
-    # in the place of a and a in the place of b; the table of sines carries the minus.
-    return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, dims=-1), sines)
+    # A point (a, b) turned by an angle is (a cos - b sin, b cos + a sin); the minus
+    # stands in the table of sines.
+    a, b = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cosines, torch.cat((b, a), dim=-1), sines)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -365,7 +366,7 @@ class Linear(nn.Linear):
             return F.linear(x, weight)
         flat = x.reshape(rows, -1)
         columns = (flat if rows > 1 else torch.cat((flat, flat))).t()  # (n_in, B * T), or 2 columns
-        return (weight @ columns)[:, :rows].t().reshape(*x.shape[:-1], self.out_features)
+        return torch.mm(weight, columns)[:, :rows].t().reshape(*x.shape[:-1], self.out_features)
 
 
 class SquaredReLU(torch.autograd.Function):
@@ -380,7 +381,7 @@ class SquaredReLU(torch.autograd.Function):
         """Any shape to the same shape."""
         positive = F.relu(x)
         ctx.save_for_backward(positive)
-        return positive.square()
+        return positive * positive
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
@@ -391,8 +392,10 @@ class SquaredReLU(torch.autograd.Function):
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
     """max(x, 0)^2. Only a CPU needs help with its gradient: for a GPU it is compiled."""
-    by_hand = torch.is_grad_enabled() and x.device.type == "cpu"
-    return SquaredReLU.apply(x) if by_hand else F.relu(x).square()
+    if torch.is_grad_enabled() and x.device.type == "cpu":
+        return SquaredReLU.apply(x)
+    positive = F.relu(x)
+    return positive * positive
 
 
 # ---- Where to compute ------------------------------------------------------------------------
