@@ -148,7 +148,29 @@ def test_the_written_out_gradient_is_the_one_pytorch_finds():
     assert close(ours, theirs) and not close(ours, torch.zeros(4, 6))
 
 
+def test_a_block_adds_what_its_parts_make_of_normalised_copies(tiny_model):
+    block, rotation = tiny_model().blocks[0], rotation_table(8, 8)
+    x = 3 + 5 * torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0))
+
+    def normalised(x):
+        centred = x - x.mean(dim=-1, keepdim=True)
+        return centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
+
+    with torch.no_grad():
+        between = x + block.attention(normalised(x), rotation)
+        after = between + block.feed_forward(block.mix(normalised(between)))
+        assert close(block(x, rotation), after, 1e-4)
+
+
 # ---- The model ---------------------------------------------------------------------------------
+
+
+def test_logits_do_not_depend_on_the_size_of_the_embeddings(tiny_model):
+    model, tokens = tiny_model(), torch.arange(8)[None]
+    with torch.no_grad():
+        before = model(tokens)
+        model.embedding.weight *= 8  # the same vectors, only longer
+        assert close(model(tokens), before, 1e-3)
 
 
 def test_logits_have_one_score_per_position_and_character(tiny_model):
