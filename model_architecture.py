@@ -60,8 +60,8 @@ def rotation_table(block_size: int, head_size: int) -> Rotation:
 def rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     """Turn each pair (i, i + D / 2) of the D numbers of `x`, (B, H, T, D), by its angle."""
     cosines, sines = rotation
-    # A point (a, b) turned by an angle is (a cos - b sin, b cos + a sin); the minus
-    # stands in the table of sines.
+    # A point (a, b) turned by an angle is (a cos - b sin, b cos + a sin); the minus stands in the
+    # table of sines.
     a, b = x.chunk(2, dim=-1)
     return torch.addcmul(x * cosines, torch.cat((b, a), dim=-1), sines)
 
