@@ -3,56 +3,45 @@
 A neural network computes with numbers, so the first question of every language model is how to
 write text down as numbers. Ours takes the simplest answer, one number per character. At the end of
 this file you know what a vocabulary is, why part of the text is kept away from training, and what
-exactly the model is asked in every lesson: given these characters, which one comes next? It takes a
-text file; it hands chapter 3 a vocabulary and chapter 4 batches of (inputs, targets). Run it to see
-one window of the real text on that way:
-
-    python data_handling.py
+exactly the model is asked in every lesson: given these characters, which one comes next? From
+chapter 1 it takes the settings of one step; it hands chapter 3 a vocabulary, and chapter 4 batches
+of inputs and targets. Run it to see what happens to a few characters of the real text.
 """
 
-import codecs
 import hashlib
-import io
-import math
 import os
-import shutil
-import signal
-import stat
 import sys
-import tempfile
-from typing import BinaryIO, Iterator, List, Tuple
+from typing import Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
 
-CHUNK = 1 << 16  # bytes read at once: a text of any size needs only this much room beside its ids
-# Characters held out at most: more would make each evaluation slower, and hardly more exact.
-LARGEST_HELD_OUT = 1_000_000
-
-
-class TextError(ValueError):
-    """A text that cannot be learned from or continued. The message says why and what to do."""
+from hyperparameters import LAPTOP, UserError, end_with_a_sentence
 
 
 class CharTokenizer:
-    """Translates characters to ids and back.
+    """Translates characters to numbers, called ids, and back.
 
-    The ids are the ranks of the characters in code-point order. So they depend on which characters
-    occur, never on the order in which this run happened to meet them, and a saved model still knows
-    its letters tomorrow.
+    The vocabulary is the sorted set of all characters in a text, and the id of a character is its
+    place there. Sorted, because a set has no order: the ids must be the same in every run, or a
+    saved model would forget its letters.
 
-    >>> CharTokenizer("hello").encode("hole").tolist()
+    >>> tokenizer = CharTokenizer("hello")
+    >>> tokenizer.characters
+    'ehlo'
+    >>> tokenizer.encode("hole").tolist()
     [1, 3, 2, 0]
+    >>> tokenizer.decode([1, 3, 2, 0])
+    'hole'
     """
 
-    def __init__(self, characters: str) -> None:
-        self.characters = "".join(sorted(set(characters)))
-        self._codes = code_points(self.characters)
-        # A table with one entry per code point makes encoding a single look-up per character, done
-        # by NumPy. -1 stands for "never seen"; the last entry answers for every code point beyond
-        # the table.
-        self._id_of = np.full(int(self._codes.max(initial=0)) + 2, -1, dtype=np.int32)
-        self._id_of[self._codes] = np.arange(len(self._codes))
+    def __init__(self, text: str) -> None:
+        self.characters = "".join(sorted(set(text)))
+        # A dict {"e": 0, "h": 1, "l": 2, "o": 3} would do, but takes long for a large text. NumPy
+        # looks up many at once in an array of ids, where the place of a character is its number in
+        # Unicode ("e" has 101).
+        self.id_of = np.full(sys.maxunicode + 1, -1, dtype=np.int32)  # -1: has none
+        self.id_of[unicode_numbers(self.characters)] = np.arange(self.vocab_size)
 
     @property
     def vocab_size(self) -> int:
@@ -60,122 +49,111 @@ class CharTokenizer:
 
     @property
     def id_type(self) -> type:
-        """The smallest integer type, of those that PyTorch can index, which holds every id."""
-        return next(
-            t for t in (np.uint8, np.int16, np.int32) if self.vocab_size - 1 <= np.iinfo(t).max
-        )
+        """The smallest type of whole numbers, of those that PyTorch can index, for every id."""
+        largest = self.vocab_size - 1
+        return next(t for t in (np.uint8, np.int16, np.int32) if largest <= np.iinfo(t).max)
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of the characters of `text`. Raises TextError naming the first one without an id."""
-        ids = np.take(self._id_of, code_points(text), mode="clip")
-        if ids.min(initial=0) < 0:
-            where = int(np.argmax(ids < 0))
-            raise TextError(
-                f"the character {text[where]!a} (U+{ord(text[where]):04X}) at position {where} is "
-                f"not among the {self.vocab_size} characters the model knows; leave it out"
-            )
+        """The ids of `text`, (characters,). Raises UserError for a character without an id."""
+        ids = self.id_of.take(unicode_numbers(text))
+        refuse_unknown_characters(text, ids)
         return ids.astype(self.id_type)
 
     def decode(self, ids: np.ndarray) -> str:
-        """The text that `ids` stand for."""
-        return (
-            self._codes[np.asarray(ids, dtype=np.intp)]
-            .tobytes()
-            .decode("utf-32-le", "surrogatepass")
-        )
+        """The text that `ids`, (characters,), stand for."""
+        return "".join(self.characters[i] for i in ids)
 
 
-def code_points(text: str) -> np.ndarray:
-    """The characters of `text` as numbers: 'A' is 65 wherever Unicode is spoken."""
+def unicode_numbers(text: str) -> np.ndarray:
+    """What `ord` says of each character, (characters,): UTF-32 is just that, four bytes each."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
 def load_text(path: str) -> Tuple[CharTokenizer, torch.Tensor]:
-    """Read a UTF-8 text file; return its tokenizer and its ids, (characters,) of its id_type.
+    """The tokenizer of a UTF-8 text file, and its ids, (characters,) of the tokenizer's id_type.
 
-    Two passes over the file, the first to learn which characters there are, the second to write
-    down their ids, and never the whole text as a Python string: memory grows by the ids alone.
-    Raises TextError for a file that cannot be read, is not UTF-8, or is empty.
+    The file is read twice, first for its characters and then for their ids; and in pieces, so that
+    a large text takes little more memory than its ids. Raises UserError for an unfit file.
     """
-    with open_text(path) as file:
-        seen, length = np.zeros(sys.maxunicode + 1, dtype=bool), 0
-        for text in decoded_chunks(file, path):
-            seen[code_points(text)] = True
-            length += len(text)
-        if length == 0:
-            raise TextError(f"{path!a} is empty; there is nothing to learn from")
-        tokenizer = CharTokenizer("".join(map(chr, np.flatnonzero(seen))))
-
-        file.seek(0)
-        ids, end = np.empty(length, dtype=tokenizer.id_type), 0
-        for text in decoded_chunks(file, path):
-            ids[end : end + len(text)] = tokenizer.encode(text)
-            end += len(text)
-    return tokenizer, torch.from_numpy(ids)
+    seen = np.zeros(sys.maxunicode + 1, dtype=bool)
+    for piece in pieces_of(path):
+        seen[unicode_numbers(piece)] = True
+    tokenizer = CharTokenizer("".join(map(chr, np.flatnonzero(seen))))
+    ids = bytearray()
+    for piece in pieces_of(path):
+        ids += tokenizer.encode(piece).tobytes()
+    return tokenizer, torch.from_numpy(np.frombuffer(ids, dtype=tokenizer.id_type))
 
 
 def split(
     ids: torch.Tensor, block_size: int, validation_fraction: float
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Cut the text in two: the first part to train on, the last part held out.
+    """Cut `ids` in two: the first part to learn from, the last part to measure on.
 
-    A model can lower its loss on text it has met by remembering it. Only text it has never met
-    shows whether it learned the language, so the last part never enters training. Raises TextError
-    when either part is too short to hold one window and the character after it.
+    A model can do well on a text that it has met by remembering it, as a pupil can who has seen the
+    exam. Only a text that it has never met shows whether it learned the language: so the last part
+    is for that alone (validation). Raises UserError when a part is too short for one sequence.
     """
-
-    def held_out(length: int) -> int:
-        return min(length - int(length * (1 - validation_fraction)), LARGEST_HELD_OUT)
-
-    def long_enough(length: int) -> bool:
-        return block_size < held_out(length) < length - block_size
-
-    if not long_enough(len(ids)):
-        needed = max(2 * block_size + 2, int(block_size / validation_fraction))
-        while not long_enough(needed):
-            needed += 1
-        raise TextError(
-            f"the text has {len(ids):,} characters; block_size {block_size} with "
-            f"validation_fraction {validation_fraction} needs {needed:,} or more: take a longer "
-            "text or a smaller block_size"
-        )
-    cut = len(ids) - held_out(len(ids))
+    refuse_short_text(len(ids), block_size, validation_fraction)
+    kept = len(ids) - int(len(ids) * (1 - validation_fraction))
+    cut = len(ids) - min(kept, 1_000_000)  # measuring on more would hardly be more exact
     return ids[:cut], ids[cut:]
 
 
-def windows_in(length: int, block_size: int) -> int:
-    """Windows in one epoch over `length` ids: the same number whatever the epoch's offset."""
-    return (length - min(block_size, length - block_size)) // block_size
+def shuffled_sequences(length: int, block_size: int, seed: int, epoch: int) -> torch.Tensor:
+    """Where the sequences of one epoch begin, (sequences,) int64, in the order of training.
 
-
-def shuffled_windows(length: int, block_size: int, seed: int, epoch: int) -> torch.Tensor:
-    """Starts of all windows of one epoch, (windows,) int64, in the order of training.
-
-    Drawing windows at random would meet some characters often and others never. Instead the text is
-    cut into windows side by side, and the windows are shuffled: every one is met exactly once. The
-    cut begins at an offset of its own in every epoch, so that no character always stands first in
-    its window, where it sees no past. (Up to a window's length at either end of the text sits out
-    an epoch.) The result depends on the seed and the epoch alone: a resumed run finds its place by
-    counting.
+    Drawing sequences at random would meet some characters often and others never. Instead the text
+    is cut into sequences side by side, and these are shuffled: in one pass over the text, an epoch,
+    each is met once. The first cut is drawn anew for every epoch, so that no character always
+    stands first in its sequence, with nothing before it to guess from, or is left out at an end. It
+    all follows from the arguments, so a run that is resumed finds its place by counting.
     """
     generator = np.random.default_rng([seed, epoch])
-    offset = generator.integers(min(block_size, length - block_size))
-    order = generator.permutation(windows_in(length, block_size)).astype(np.int64)
-    return torch.from_numpy(offset + block_size * order)
+    # A sequence takes block_size ids, and the last of all needs one id more, its target. The first
+    # cut falls on one of `places` ids. From the last of these, length - places ids remain for whole
+    # sequences; every epoch gets as many as fit there, so that all are equally long.
+    places = min(block_size, length - block_size)
+    first = generator.integers(places)
+    order = generator.permutation((length - places) // block_size).astype(np.int64)
+    return torch.from_numpy(first + block_size * order)
 
 
-def gather(
+def get_batch(
     ids: torch.Tensor, starts: torch.Tensor, block_size: int
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """One batch of lessons: inputs and targets, both (B, T) int64, on the device of `ids`.
+    """The sequences that begin at `starts`, (B,): inputs and targets, (B, T) int64 each.
 
-    The target of every character is the character after it, so targets are the inputs shifted by
-    one. One window of T characters thus holds T lessons: predict the second from the first, the
-    third from the first two, and so on.
+    B is the number of sequences and T their length, block_size. The target of every character is
+    the one after it, so the targets are the inputs moved by one; and one sequence holds T lessons:
+    guess the second character from the first, the third from the first two, and so on.
     """
-    positions = starts[:, None] + torch.arange(block_size + 1, device=ids.device)  # (B, T + 1)
-    windows = ids[positions].long()
-    return windows[:, :-1], windows[:, 1:]
+    places = starts[:, None] + torch.arange(block_size + 1, device=ids.device)  # (B, T + 1)
+    sequences = ids[places].long()
+    return sequences[:, :-1], sequences[:, 1:]
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    """Show one sequence of a real text as characters, as ids, and as the lessons in it."""
+    path = (argv or sys.argv[1:] or ["input.txt"])[0]
+    tokenizer, ids = load_text(path)
+    train, val = split(ids, 8, LAPTOP.validation_fraction)
+    print(f"text        {path!a}: {len(ids):,} characters, stored as {ids.dtype}")
+    print(f"vocabulary  {tokenizer.vocab_size} different ones: {tokenizer.characters!a}"[:100])
+    print(f"split       {len(train):,} characters to learn from, {len(val):,} to measure on\n")
+
+    starts = shuffled_sequences(len(train), 8, LAPTOP.seed, epoch=0)
+    inputs, targets = get_batch(train, starts[:1], 8)  # (1, 8) each
+    print(f"an epoch of {len(starts):,} sequences of 8; the first begins at {starts[0]:,}:")
+    print(f"  inputs   {tokenizer.decode(inputs[0])!a:<20} {inputs[0].tolist()}")
+    print(f"  targets  {tokenizer.decode(targets[0])!a:<20} {targets[0].tolist()}\n")
+    print("the lessons in it: what is given -> what comes next")
+    for end in range(1, 9):
+        given, target = tokenizer.decode(inputs[0, :end]), tokenizer.decode(targets[0, end - 1 :])
+        print(f"  {given!a:>20} -> {target[0]!a}")
+
+
+# ---- The fold: a first reader goes on to model_architecture.py here. What protects is below. ----
 
 
 def fingerprint(tokenizer: CharTokenizer, ids: torch.Tensor) -> str:
@@ -185,98 +163,38 @@ def fingerprint(tokenizer: CharTokenizer, ids: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-# What follows opens and decodes files that may be anything; a first reader can skip to main.
-
-
-def open_text(path: str) -> BinaryIO:
-    """Open `path` for reading twice. A pipe can be read only once, so it is copied first."""
+def pieces_of(path: str) -> Iterator[str]:
+    """The text in pieces, without a byte-order mark, every line end as a newline character."""
     try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
-            raise TextError(f"{path!a} is a device, not a text file")
-        file = open(path, "rb")
-        if stat.S_ISREG(mode):
-            return file
-        with file:
-            copy = tempfile.TemporaryFile()
-            shutil.copyfileobj(file, copy, CHUNK)
-            copy.seek(0)
-            return copy
-    except (OSError, ValueError) as error:
-        if isinstance(error, TextError):
-            raise
-        raise TextError(f"cannot read the text {path!a}: {reason(error)}") from error
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f"cannot read the text {path!a}: it is not a file")
+        with open(path, encoding="utf-8-sig") as file:
+            try:
+                yield from iter(lambda: file.read(1 << 16), "")
+            except UnicodeDecodeError as error:
+                offset = file.buffer.tell() - len(error.object) + error.start
+                where = f"byte 0x{error.object[error.start]:02x} at offset {offset}"
+                raise UserError(f"{path!a} is not UTF-8: {where}; save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"cannot read the text {path!a}: {error.strerror}") from error
 
 
-def decoded_chunks(file: BinaryIO, path: str) -> Iterator[str]:
-    """The text of `file` in pieces, without a byte-order mark and with \\n for every line end."""
-    utf8 = codecs.getincrementaldecoder("utf-8")()
-    line_ends = io.IncrementalNewlineDecoder(None, translate=True)
-    done = 0  # bytes handed to the decoder so far
-    while True:
-        try:
-            chunk = file.read(CHUNK)
-            text = utf8.decode(chunk, final=not chunk)
-        except OSError as error:
-            raise TextError(f"cannot read the text {path!a}: {reason(error)}") from error
-        except UnicodeDecodeError as error:
-            # The decoder also holds the unfinished character that the chunk before this one ended
-            # with.
-            offset = done + len(chunk) - len(error.object) + error.start
-            raise TextError(
-                f"{path!a} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset "
-                f"{offset}; save it as UTF-8 in a text editor"
-            ) from error
-        if done == 0:
-            text = text[1:] if text.startswith("\ufeff") else text
-        done += len(chunk)
-        yield line_ends.decode(text, final=not chunk)
-        if not chunk:
-            return
+def refuse_unknown_characters(text: str, ids: np.ndarray) -> None:
+    """Raise UserError naming the first character whose id is -1."""
+    if ids.min(initial=0) < 0:
+        where = int(np.argmax(ids < 0))
+        name = f"{text[where]!a} (U+{ord(text[where]):04X}) at position {where}"
+        raise UserError(f"the model does not know the character {name}; leave it out")
 
 
-def reason(error: Exception) -> str:
-    """What an error says, in one line and in ASCII."""
-    words = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return words.splitlines()[0].encode("unicode_escape").decode()
-
-
-def main(argv: List[str]) -> None:
-    """Show one window of a real text as characters, as ids, and as the ladder of lessons in it."""
-    path = argv[1] if len(argv) > 1 else "input.txt"
-    tokenizer, ids = load_text(path)
-    train, held_out = split(ids, block_size=8, validation_fraction=0.1)
-    print(f"{path!a}: {len(ids):,} characters, stored as {ids.dtype}")
-    print(f"vocabulary: {tokenizer.vocab_size} different ones, {tokenizer.characters!a}")
-    print(f"split: {len(train):,} characters to train on, {len(held_out):,} held out\n")
-
-    starts = shuffled_windows(len(train), block_size=8, seed=1337, epoch=0)
-    inputs, targets = gather(train, starts[:1], block_size=8)
-    print(
-        f"an epoch with block_size 8 has {len(starts):,} windows; the first begins at {starts[0]:,}"
-    )
-    print(f"  inputs  {tokenizer.decode(inputs[0])!a:<24} {inputs[0].tolist()}")
-    print(f"  targets {tokenizer.decode(targets[0])!a:<24} {targets[0].tolist()}\n")
-    print("the lessons in it: context -> target")
-    for end in range(1, 9):
-        context, target = (
-            tokenizer.decode(inputs[0, :end]),
-            tokenizer.decode(targets[0, end - 1 : end]),
-        )
-        print(f"  {context!a:>24} -> {target!a}")
-
-    guesses = tokenizer.vocab_size
-    print(
-        f"\nguessing blindly costs ln({guesses}) = {math.log(guesses):.2f} nats "
-        f"({math.log2(guesses):.2f} bits) a character; learning is getting below that"
-    )
+def refuse_short_text(length: int, block_size: int, validation_fraction: float) -> None:
+    """Raise UserError, with the length needed, unless both parts hold a sequence and its target."""
+    needed = max(2 * block_size + 4, int(block_size / validation_fraction) + 2)
+    if length < needed:
+        sizes = f"block_size {block_size} with validation_fraction {validation_fraction}"
+        hint = "take a longer text or a smaller block_size"
+        raise UserError(f"{sizes} needs {needed:,} or more characters, not {length:,}; {hint}")
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):  # `| head` may close the pipe early
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    try:
-        main(sys.argv)
-    except TextError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(end_with_a_sentence(main))

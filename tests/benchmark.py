@@ -5,8 +5,9 @@ run, as a ratio; times are medians. `--json` prints the same figures for another
 """
 
 import argparse
+import contextlib
 import json
-import os
+import operator
 import statistics
 import subprocess
 import sys
@@ -18,18 +19,19 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+import torch.nn as nn  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 
 import train_model  # noqa: E402
-from data_handling import load_text, shuffled_windows, split  # noqa: E402
+from data_handling import load_text  # noqa: E402
 from generate_text import generate  # noqa: E402
-from hyperparameters import GPU, LAPTOP  # noqa: E402
+from hyperparameters import GPU, LAPTOP, Hyperparameters  # noqa: E402
 from model_architecture import TinyGPT  # noqa: E402
 
 
 def matrix_product_peak() -> float:
     """FLOP per second of a 2048 x 2048 x 2048 float32 matrix product, the median of ten."""
-    a, b = torch.randn(2, 2048, 2048)
-    times = []
+    (a, b), times = torch.randn(2, 2048, 2048), []
     for _ in range(10):
         start = time.perf_counter()
         a @ b
@@ -37,61 +39,50 @@ def matrix_product_peak() -> float:
     return 2 * 2048**3 / statistics.median(times)
 
 
-def training_speed(steps: int = 60) -> dict:
+class Timed(train_model.Trainer):
+    """A run that takes the time after each of 60 steps, and neither draws a bar nor saves."""
+
+    def finish_step(self, loss: torch.Tensor, sequences: int) -> None:
+        self.times = [*getattr(self, "times", []), time.perf_counter()]
+        if len(self.times) == 60:
+            raise StopIteration
+
+
+def training_speed() -> dict:
     """Characters a second of real training steps at the laptop setting, and the share of the peak.
 
     A parameter costs 6 FLOP a character: a product and a sum forward, twice that backward.
     """
     tokenizer, ids = load_text(str(ROOT / "input.txt"))
-    train_ids, held_out_ids = split(ids, LAPTOP.block_size, LAPTOP.validation_fraction)
     torch.manual_seed(LAPTOP.seed)
-    sizes = {n: getattr(LAPTOP, n) for n in ("block_size", "n_embd", "n_head", "n_layer")}
-    model, device = TinyGPT(tokenizer.vocab_size, **sizes), torch.device("cpu")
-    run = train_model.Run(
-        dials=LAPTOP,
-        model=model,
-        learner=model,
-        optimizer=train_model.make_optimizer(model, LAPTOP),
-        precision=train_model.choose_precision(device),
-        train_ids=train_ids,
-        held_out_ids=held_out_ids,
-        progress=train_model.Progress(device),
-        processes=train_model.Processes(),
-        files=None,
-    )
-    starts = shuffled_windows(len(train_ids), LAPTOP.block_size, LAPTOP.seed, 0)
-    peak, times = matrix_product_peak(), []
-    for batch in starts.split(LAPTOP.batch_size)[:steps]:
-        start = time.perf_counter()
-        train_model.take_step(run, batch)
-        times.append(time.perf_counter() - start)
+    run, peak = Timed(LAPTOP, tokenizer, ids, torch.device("cpu")), matrix_product_peak()
+    with contextlib.suppress(StopIteration):
+        train_model.train(run)
     peak = (peak + matrix_product_peak()) / 2
-    speed = LAPTOP.batch_size * LAPTOP.block_size / statistics.median(times[5:])
-    parameters = sum(p.numel() for p in model.parameters())
+    steps = [after - before for before, after in zip(run.times[5:], run.times[6:])]
+    speed = LAPTOP.batch_size * LAPTOP.block_size / statistics.median(steps)
+    parameters = sum(p.numel() for p in run.model.parameters())
     start = time.perf_counter()
-    train_model.evaluate(model, held_out_ids)
+    train_model.evaluate(run.model, run.val_ids)
     return {
         "training, characters/s": speed,
         "matrix product, GFLOP/s": peak / 1e9,
         "training, share of the matrix product": 6 * parameters * speed / peak,
-        "evaluation, characters/s": len(held_out_ids) / (time.perf_counter() - start),
+        "evaluation, characters/s": len(run.val_ids) / (time.perf_counter() - start),
     }
 
 
 ENCODE = """
 import sys, time
-sys.path.insert(0, sys.argv[1])
 from data_handling import load_text
 start = time.perf_counter()
-load_text(sys.argv[2])
+load_text(sys.argv[1])
 seconds = time.perf_counter() - start
 try:
-    import resource
-    scale = 1 if sys.platform == "darwin" else 1024
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    from resource import RUSAGE_SELF, getrusage
+    print(seconds, getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 except ImportError:
-    memory = 0
-print(seconds, memory)
+    print(seconds, 0)
 """
 
 
@@ -99,74 +90,97 @@ def encoding_speed() -> dict:
     """Seconds and peak memory, Python and PyTorch included, to read and encode 100 MB of text."""
     text = (ROOT / "input.txt").read_bytes()
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "large.txt")
-        with open(path, "wb") as file:
-            for _ in range(10**8 // len(text) + 1):
-                file.write(text)
-        size = os.path.getsize(path)
-        command = [sys.executable, "-c", ENCODE, str(ROOT), path]
-        runs = [subprocess.check_output(command, text=True).split() for _ in range(3)]
-    seconds = statistics.median(float(run[0]) for run in runs)
+        path = Path(folder, "large.txt")
+        path.write_bytes(text * (10**8 // len(text) + 1))
+        size, command = path.stat().st_size, [sys.executable, "-c", ENCODE, str(path)]
+        runs = [subprocess.check_output(command, text=True, cwd=ROOT).split() for _ in range(3)]
     return {
-        "encoding 100 MB, MB/s": size / 1e6 / seconds,
+        "encoding 100 MB, MB/s": size / 1e6 / statistics.median(float(run[0]) for run in runs),
         "encoding 100 MB, peak memory in MB": max(float(run[1]) for run in runs) / 1e6,
     }
 
 
-def write_uncached(model: TinyGPT, count: int, generator: torch.Generator) -> None:
+class PlainBlock(nn.Module):
+    """A block of the usual GPT, with none of what chapter 3 adds to it."""
+
+    def __init__(self, C: int, H: int) -> None:
+        super().__init__()
+        self.H, self.norm, self.norm_2 = H, nn.LayerNorm(C), nn.LayerNorm(C)
+        self.queries_keys_values, self.output = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.feed_forward = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = self.queries_keys_values(self.norm(x)).unflatten(-1, (3, self.H, -1))
+        queries, keys, values = heads.permute(2, 0, 3, 1, 4)
+        mixture = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        x = x + self.output(mixture.transpose(1, 2).flatten(2))
+        return x + self.feed_forward(self.norm_2(x))
+
+
+class PlainGPT(nn.Module):
+    """The usual GPT: learned positions, LayerNorm, GELU, and no cache."""
+
+    def __init__(self, V: int, block_size: int, C: int, H: int, n_layer: int) -> None:
+        super().__init__()
+        self.block_size, self.positions = block_size, nn.Parameter(torch.randn(block_size, C))
+        self.embedding, blocks = nn.Embedding(V, C), [PlainBlock(C, H) for _ in range(n_layer)]
+        self.rest = nn.Sequential(*blocks, nn.LayerNorm(C), nn.Linear(C, V))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.rest(self.embedding(ids) + self.positions[: ids.shape[1]])
+
+
+@torch.inference_mode()
+def write_uncached(model: nn.Module, count: int) -> None:
     """Write `count` characters the usual way: the whole window is read for every one."""
     context = torch.zeros(1, model.block_size, dtype=torch.long)
-    with torch.inference_mode():
-        for _ in range(count):
-            probabilities = model(context[:, -model.block_size :])[:, -1].softmax(dim=-1)
-            drawn = torch.multinomial(probabilities, 1, generator=generator)
-            context = torch.cat((context, drawn), dim=1)
+    for _ in range(count):
+        logits = model(context[:, -model.block_size :])[:, -1]
+        context = torch.cat((context, torch.multinomial(logits.softmax(dim=-1), 1)), dim=1)
 
 
-def generation_speed(name: str, dials, whole_windows: int) -> dict:
-    """Characters a second with the cache (2000 of them) and without, single sample.
+def writing_speed(name: str, settings: Hyperparameters, count: int) -> dict:
+    """Characters a second with the cache (2000 of them), without, and of a plain GPT.
 
     They take turns, with the cache for half a window (in which it is read again once): so whatever
-    else the machine does slows both.
+    else the machine does slows all of them.
     """
-    sizes = {n: getattr(dials, n) for n in ("block_size", "n_embd", "n_head", "n_layer")}
+    sizes = [getattr(settings, n) for n in ("block_size", "n_embd", "n_head", "n_layer")]
     torch.manual_seed(0)
-    model, generator = TinyGPT(65, **sizes).eval(), torch.Generator().manual_seed(0)
-    count = dials.block_size // 2
-    ids = generate(model, torch.zeros(1, 1, dtype=torch.long), 10**9, generator)
-    with_cache, without = [], []
-    for _ in range(-(-2000 // count)):
-        start = time.perf_counter()
-        for _ in range(count):
-            next(ids)
-        with_cache.append(count / (time.perf_counter() - start))
-        start = time.perf_counter()
-        write_uncached(model, whole_windows, generator)
-        without.append(whole_windows / (time.perf_counter() - start))
-    ratios = [a / b for a, b in zip(with_cache, without)]
-    return {
-        f"writing, {name} model, cached, characters/s": statistics.median(with_cache),
-        f"writing, {name} model, whole window, characters/s": statistics.median(without),
-        f"writing, {name} model, ratio": statistics.median(ratios),
+    model, plain, half = TinyGPT(65, *sizes).eval(), PlainGPT(65, *sizes).eval(), sizes[0] // 2
+    ids = generate(model, torch.zeros(1, 1, dtype=torch.long), 10**9, torch.Generator())
+    kinds = {
+        "cached": (half, lambda: [next(ids) for _ in range(half)]),
+        "the whole window": (count, lambda: write_uncached(model, count)),
+        "a plain GPT": (count, lambda: write_uncached(plain, count)),
     }
+    speeds, figures = {kind: [] for kind in kinds}, {}
+    for _ in range(-(-2000 // half)):
+        for kind, (characters, write) in kinds.items():
+            start = time.perf_counter()
+            write()
+            speeds[kind].append(characters / (time.perf_counter() - start))
+    for kind, found in speeds.items():
+        figures[f"writing, {name} model, {kind}, characters/s"] = statistics.median(found)
+        if kind != "cached":
+            ratios = map(operator.truediv, speeds["cached"], found)
+            figures[f"writing, {name} model, against {kind}"] = statistics.median(ratios)
+    return figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    arguments = parser.parse_args()
+    as_json = parser.parse_args().json
     figures = {
         **encoding_speed(),  # first: a process inherits the peak memory of the one that started it
         **training_speed(),
-        **generation_speed("laptop", LAPTOP, whole_windows=16),
-        **generation_speed("GPU-sized", GPU, whole_windows=10),
+        **writing_speed("laptop", LAPTOP, count=16),
+        **writing_speed("GPU-sized", GPU, count=10),
     }
-    if arguments.json:
-        print(json.dumps(figures, indent=2))
-        return
-    print("| measured | figure |\n|---|---:|")
-    for name, value in figures.items():
-        print(f"| {name} | {value:,.{0 if value >= 100 else 2}f} |")
+    rows = [f"| {name} | {x:,.{0 if x >= 100 else 2}f} |" for name, x in figures.items()]
+    table = "\n".join(["| measured | figure |", "|---|---:|", *rows])
+    print(json.dumps(figures, indent=2) if as_json else table)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,15 @@
-"""What several test files share: a tiny model, its checkpoint, and a way to run the scripts."""
+"""What several test files share: a tiny model and its checkpoint."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any, Dict, Optional
 
 import pytest
 import torch
 from optional_hypothesis import settings
 
-from model_architecture import TinyGPT, save_checkpoint
+from model_architecture import TinyGPT
 
-ROOT = Path(__file__).resolve().parent.parent
 LETTERS = "\n !Eabcdelnorst"
 
 # The same examples every time: a failure that one machine sees can be seen on every other.
@@ -23,6 +20,22 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # more threads only get in each other's way with models this small
 
 
+def write_checkpoint(
+    path: Any, model: TinyGPT, vocabulary: str, training: Optional[Dict[str, Any]] = None
+) -> None:
+    """Save as train_model.py does: the finished model, or beside it what a run left behind."""
+    sizes = {
+        "block_size": model.block_size,
+        "n_embd": model.embedding.embedding_dim,
+        "n_head": model.blocks[0].attention.n_head,
+        "n_layer": len(model.blocks),
+        "dropout": model.blocks[0].dropout.p,
+    }
+    contents = {"format": 2, "sizes": sizes, "vocabulary": vocabulary}
+    contents["parameters"] = dict(model.state_dict())
+    torch.save({**contents, **({} if training is None else {"training": training})}, str(path))
+
+
 @pytest.fixture(scope="session")
 def tiny_model():
     """Call it to get a small TinyGPT in eval mode, every parameter random.
@@ -31,10 +44,9 @@ def tiny_model():
     all scores are equal. What should be wrong in it could not be seen.
     """
 
-    def make(vocab_size=None, seed=0, **sizes) -> TinyGPT:
+    def make(vocab_size: int = len(LETTERS), seed: int = 0, **sizes: Any) -> TinyGPT:
         sizes = {"block_size": 8, "n_embd": 16, "n_head": 2, "n_layer": 2, **sizes}
-        model = TinyGPT(vocab_size or len(LETTERS), **sizes)
-        generator = torch.Generator().manual_seed(seed)
+        model, generator = TinyGPT(vocab_size, **sizes), torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
@@ -53,36 +65,5 @@ def letters() -> str:
 def checkpoint(tmp_path, tiny_model) -> Path:
     """A checkpoint of a tiny random model that writes LETTERS."""
     path = tmp_path / "tiny.pth"
-    save_checkpoint(str(path), tiny_model(), LETTERS)
+    write_checkpoint(path, tiny_model(), LETTERS)
     return path
-
-
-@pytest.fixture
-def start(tmp_path):
-    """Call it to start a script of this project as a process, from a directory of its own."""
-    folder = tmp_path / "elsewhere"
-    folder.mkdir()
-    started = []
-
-    def run(*command: str, stdin=subprocess.DEVNULL, **environment: str) -> subprocess.Popen:
-        process = subprocess.Popen(
-            [sys.executable, *command],
-            cwd=folder,
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "PYTHONDONTWRITEBYTECODE": "1",
-                "OMP_NUM_THREADS": "1",
-                **environment,
-            },
-        )
-        started.append(process)
-        return process
-
-    yield run
-    for process in started:
-        with process:  # closes its pipes and waits for its end
-            process.kill()

@@ -1,242 +1,149 @@
-"""Chapter 1: no dial can stand at a value that cannot work, and each explains itself."""
+"""Chapter 1: no setting has a value that cannot work; and the house has the shape it claims."""
 
-import argparse
-import ast
-import sys
+import doctest
+import importlib
+import os
+import re
+import runpy
 from dataclasses import FrozenInstanceError, asdict, fields, replace
-from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
+from helpers import ROOT, call, outcome, python
 
-import hyperparameters
-from hyperparameters import (
-    GPU,
-    LAPTOP,
-    PRESETS,
-    DialError,
-    Hyperparameters,
-    OneSentenceParser,
-    add_dial_flags,
-    dials_given,
-)
+from generate_text import main as write
+from hyperparameters import GPU, LAPTOP, Hyperparameters, UserError, end_with_a_sentence, main
+from train_model import choose_settings, parse
+from train_model import main as train
 
-DIALS = [one.name for one in fields(Hyperparameters)]
-WHOLE = [one.name for one in fields(Hyperparameters) if type(one.default) is int]
-FRACTIONS = ["validation_fraction", "dropout", "beta2"]  # shares: 1 is already too much
-NEVER_ZERO = [
-    "block_size",
-    "batch_size",
-    "validation_fraction",
-    "n_layer",
-    "n_head",
-    "n_embd",
-    "epochs",
-    "gradient_clip",
-    "save_minutes",
-]
-ROOT = Path(hyperparameters.__file__).parent
-MODULES = [
-    "hyperparameters",
-    "data_handling",
-    "model_architecture",
-    "train_model",
-    "generate_text",
-]
+SETTINGS = fields(Hyperparameters)
+MODULES = "hyperparameters data_handling model_architecture generate_text train_model".split()
+TEXTS = [(ROOT / f"{module}.py").read_text(encoding="utf-8") for module in MODULES]
 
 
-@pytest.fixture
-def parser(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "1000")  # no line of the help is folded
-    monkeypatch.setenv("NO_COLOR", "1")
-    parser = OneSentenceParser(prog="train_model.py", allow_abbrev=False)
-    add_dial_flags(parser)
-    return parser
+def refusal(**changed):
+    return call(lambda _: replace(LAPTOP, **changed), []).sentence()
 
 
-def refusal(name, value):
-    """The sentence with which a dial is refused, of which every one must be readable ASCII."""
-    with pytest.raises(DialError) as caught:
-        replace(LAPTOP, **{name: value})
-    sentence = str(caught.value)
-    assert sentence.isascii() and "\n" not in sentence
-    return sentence
+def test_nonsense_is_refused_by_every_setting_with_its_name_and_the_value():
+    infinity = float("inf")
+    for one in SETTINGS:
+        for value in (-1, -0.5, float("nan"), infinity, -infinity, "3", None, True, [4], 2j, 2**63):
+            sentence = refusal(**{one.name: value})
+            assert f"{one.name} must be a" in sentence and sentence.endswith(f"not {value!a}")
+        if one.type is int:
+            assert f"{one.name} must be a whole number" in refusal(**{one.name: 2.0})
 
 
-# ---- The two sets ------------------------------------------------------------------------------
+def test_zero_and_the_whole_are_refused_where_nothing_would_be_left():
+    may_be_zero = {"warmup_steps", "dropout", "weight_decay", "beta2", "seed"}
+    for name in {one.name for one in SETTINGS} - may_be_zero:
+        assert f"{name} must be" in refusal(**{name: 0})
+    for name in may_be_zero:
+        assert getattr(replace(LAPTOP, **{name: 0}), name) == 0
+    for name in ("validation_fraction", "dropout", "beta2"):
+        assert f"{name} must be" in refusal(**{name: 1})
 
 
-def test_both_sets_are_valid_and_differ():
-    for dials in (LAPTOP, GPU):
-        assert Hyperparameters(**asdict(dials)) == dials
-    assert Hyperparameters() == LAPTOP != GPU
-    assert PRESETS == {"laptop": LAPTOP, "gpu": GPU}
+def test_every_head_needs_an_equal_and_even_share():
+    for n_embd, n_head in ((128, 5), (4, 4), (6, 2)):
+        assert f"2 * n_head, not {n_embd}" in refusal(n_embd=n_embd, n_head=n_head)
 
 
-def test_the_gpu_set_has_the_promised_size():
-    assert (GPU.n_layer, GPU.n_head, GPU.n_embd) == (6, 6, 384)
-    assert GPU.block_size == 256
-
-
-def test_the_promised_dials_exist():
-    promised = (
-        "batch_size block_size n_embd n_head n_layer dropout epochs learning_rate weight_decay seed"
-    )
-    assert set(promised.split()) <= set(DIALS)
-
-
-def test_head_size_is_each_heads_share_of_n_embd():
-    assert replace(LAPTOP, n_embd=96, n_head=4).head_size == 24
-
-
-def test_a_set_is_frozen():
+def test_no_code_changes_a_setting_behind_the_readers_back():
     with pytest.raises(FrozenInstanceError):
         LAPTOP.n_layer = 5
 
 
-# ---- Nonsense ----------------------------------------------------------------------------------
+def test_every_setting_can_be_changed_by_a_flag_that_help_explains(monkeypatch):
+    def chosen(**flags):
+        words = [word for name, value in flags.items() for word in (f"--{name}", f"{value}")]
+        return choose_settings(parse(words), torch.device("cpu"), None)
+
+    assert chosen() == LAPTOP
+    assert chosen(**asdict(GPU)) == GPU
+    assert chosen(n_layer=7) == replace(LAPTOP, n_layer=7)
+    monkeypatch.setenv("COLUMNS", "1000")  # no line of the help is folded
+    monkeypatch.setenv("NO_COLOR", "1")
+    shown = " ".join(call(train, ["--help"]).out.split())
+    for one in SETTINGS:
+        values = f"({getattr(LAPTOP, one.name)} / {getattr(GPU, one.name)})"
+        assert f"--{one.name} X {one.metadata['help']} {values}" in shown
 
 
-@pytest.mark.parametrize("name", DIALS)
-@pytest.mark.parametrize(
-    "value",
-    [
-        -1,
-        -0.5,
-        float("nan"),
-        float("inf"),
-        -float("inf"),
-        "3",
-        "\u0663\u20ac",
-        None,
-        True,
-        [4],
-        2 + 0j,
-    ],
-    ids=ascii,
-)
-def test_nonsense_is_refused_by_every_dial_with_its_name_and_the_value(name, value):
-    sentence = refusal(name, value)
-    assert name in sentence and ascii(value) in sentence
+def test_a_slip_is_answered_with_one_sentence_that_names_the_flag_meant():
+    assert "did you mean --n_layer?" in call(train, ["--n_layers", "6"]).sentence()
+    assert "did you mean --learning_rate?" in call(train, ["--learning-rate=1"]).sentence()
+    assert "did you mean --temperature?" in call(write, ["--temprature", "1"]).sentence()
+    for argv in (["\u20ac\n"], [""], ["--n_layer", "six"], ["--n_layer"], ["--n_lay", "6"]):
+        assert "-" in call(train, argv).sentence()
 
 
-@pytest.mark.parametrize("name", [name for name in DIALS if name != "seed"])
-def test_a_trillion_is_refused(name):
-    sentence = refusal(name, 10**12)
-    assert name in sentence and "1000000000000" in sentence
+def test_what_a_user_can_mend_is_one_ascii_sentence_and_a_mistake_of_ours_is_not_hidden():
+    for error, status, said in (
+        (KeyboardInterrupt(), 130, ""),
+        (BrokenPipeError(), 0, ""),
+        (UserError("\u20ac is\nno 'C:\\x'"), 2, "error: \\u20ac is\\nno 'C:\\x'\n"),
+        (OSError(28, "no space"), 2, "error: [Errno 28] no space\n"),
+        (MemoryError(), 2, "error: out of memory; lower the settings\n"),
+        (RuntimeError("CUDA out of memory"), 2, "error: out of memory; lower the settings\n"),
+    ):
+        assert call(Mock(side_effect=error), []) == (status, "", said)
+    for error in (RuntimeError("shapes differ"), ValueError("7"), KeyError("x")):
+        with pytest.raises(type(error)):
+            call(Mock(side_effect=error), [])
 
 
-def test_any_seed_of_63_bits_will_do():
-    assert replace(LAPTOP, seed=0).seed == 0
-    assert replace(LAPTOP, seed=2**63 - 1).seed == 2**63 - 1
-    assert str(2**63) in refusal("seed", 2**63)
+def test_a_module_run_directly_shows_a_screenful_and_imported_nothing(tmp_path, monkeypatch):
+    def execute(module, name):
+        return call(lambda _: runpy.run_path(f"{ROOT}/{module}.py", run_name=name) and None, [])
+
+    monkeypatch.chdir(tmp_path)
+    assert {execute(module, "imported") for module in MODULES} == {(0, "", "")}
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("sys.argv", ["", f"{ROOT}/input.txt"])
+    for module in MODULES[:3]:
+        status, out, err = execute(module, "__main__")
+        assert (status, err) == (0, "") and out.isascii()
+        assert 10 <= out.count("\n") <= 40 and max(map(len, out.splitlines())) <= 100
 
 
-@pytest.mark.parametrize("name", NEVER_ZERO)
-def test_zero_is_refused_where_nothing_would_be_left(name):
-    assert name in refusal(name, 0) and "not 0" in refusal(name, 0)
+def test_a_module_runs_without_any_terminal(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    assert end_with_a_sentence(main) == 0 and end_with_a_sentence(train, ["--nonsense"]) == 2
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_a_whole_dial_refuses_a_fraction(name):
-    assert "whole number" in refusal(name, 2.0)
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux only")
+def test_a_reader_who_leaves_early_is_no_error_and_a_full_disk_is_one_sentence():
+    started = [python(f"{name}.py", folder=ROOT, PYTHONUNBUFFERED="") for name in MODULES[:3]]
+    for process in started:
+        process.stdout.close()  # as `| head -1` does, only earlier
+    for process in started:
+        with process:
+            assert (process.stderr.read(), process.wait()) == (b"", 0)
+    to_full = "import os, runpy; os.dup2(os.open('/dev/full', os.O_WRONLY), 1); "
+    to_full += "runpy.run_path('hyperparameters.py', run_name='__main__')"
+    full = outcome(python("-c", to_full, folder=ROOT, PYTHONUNBUFFERED=""))
+    assert "No space left" in full.sentence()
 
 
-@pytest.mark.parametrize("name", FRACTIONS)
-def test_a_share_refuses_one(name):
-    assert name in refusal(name, 1) and name in refusal(name, 1.0)
+def test_the_examples_in_the_docstrings_hold():
+    results = [doctest.testmod(importlib.import_module(module)) for module in MODULES]
+    assert results[1].attempted > 0 and not any(result.failed for result in results)
 
 
-@pytest.mark.parametrize(
-    "n_embd, n_head",
-    [(128, 5), (4, 4), (6, 2)],
-    ids=["no equal share", "head of one number", "head of three numbers"],
-)
-def test_every_head_needs_an_equal_and_even_share(n_embd, n_head):
-    with pytest.raises(DialError, match=f"n_embd .*{2 * n_head}.* not {n_embd}"):
-        replace(LAPTOP, n_embd=n_embd, n_head=n_head)
-
-
-# ---- The command line --------------------------------------------------------------------------
-
-
-def test_every_dial_appears_in_help_with_its_meaning_and_both_defaults(parser):
-    text = " ".join(parser.format_help().split())
-    for one in fields(Hyperparameters):
-        defaults = f"({getattr(LAPTOP, one.name)} / {getattr(GPU, one.name)})"
-        assert f"--{one.name} X {one.metadata['meaning']} {defaults}" in text
-
-
-def test_only_the_dials_named_are_given(parser):
-    assert dials_given(parser.parse_args([])) == {}
-    given = dials_given(parser.parse_args(["--n_layer", "6", "--dropout", "0"]))
-    assert given == {"n_layer": 6, "dropout": 0.0}
-
-
-def test_every_default_survives_its_way_through_the_command_line(parser):
-    for dials in (LAPTOP, GPU):
-        words = [
-            word for name, value in asdict(dials).items() for word in (f"--{name}", f"{value}")
-        ]
-        assert Hyperparameters(**dials_given(parser.parse_args(words))) == dials
-
-
-@pytest.mark.parametrize(
-    "words", [["--n_layer", "six"], ["--n_layer", "\u20ac"], ["--n_lay", "6"], ["--n_layer"]]
-)
-def test_a_wrong_flag_is_answered_with_one_ascii_sentence(parser, capsys, words):
-    with pytest.raises(SystemExit) as end:
-        parser.parse_args(words)
-    out, err = capsys.readouterr()
-    assert end.value.code == 2 and out == ""
-    assert err.isascii() and err.count("\n") == 1 and "--n_lay" in err
-
-
-def test_one_line_a_dial_with_both_sets_side_by_side(start):
-    out, err = start(str(ROOT / "hyperparameters.py")).communicate()
-    rows = {line.split()[0]: line.split()[1:3] for line in out.decode("ascii").splitlines()}
-    for name in DIALS:
-        assert rows[name] == [str(getattr(LAPTOP, name)), str(getattr(GPU, name))]
-    assert err == b""
-
-
-# ---- The house ---------------------------------------------------------------------------------
-
-
-def imports_of(module):
-    """Everything that `module` imports, at the top or anywhere inside."""
-    tree = ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add("." if node.level else node.module.split(".")[0])
-    return names
+def test_each_module_is_short_and_most_lines_stand_above_the_folds():
+    for text, most in zip(TEXTS, (120, 200, 430, 200, 580)):
+        assert text.count("\n") <= most and text.count("\n# ---- The fold:") == 1
+    above = sum(text.split("\n# ---- The fold:")[0].count("\n") for text in TEXTS)
+    assert above >= 0.55 * sum(text.count("\n") for text in TEXTS)
+    loop = TEXTS[4].split("\ndef train(")[1].split("\n\n\n")[0]
+    assert loop.count("\n") < 45  # it can be seen at once
 
 
 def test_imports_go_in_one_direction():
-    for module in MODULES[:3]:
-        assert not imports_of(module) & set(MODULES)
-    assert "train_model" not in imports_of("generate_text")
-    assert "." not in set().union(*map(imports_of, MODULES))
-
-
-def test_the_dials_need_nothing_but_the_standard_library():
-    standard = getattr(sys, "stdlib_module_names", None)  # since Python 3.10
-    if standard is not None:
-        assert imports_of("hyperparameters") <= set(standard)
-    assert not imports_of("hyperparameters") & {"torch", "numpy", "tqdm"}
-
-
-def test_importing_any_module_does_nothing(start, tmp_path):
-    process = start("-c", "import " + ", ".join(MODULES))
-    assert process.communicate() == (b"", b"")
-    assert process.returncode == 0
-    assert list((tmp_path / "elsewhere").iterdir()) == []
-
-
-def test_dial_flags_are_spelled_exactly_as_the_dials():
-    parser = argparse.ArgumentParser(add_help=False)
-    add_dial_flags(parser)
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-    assert flags == [f"--{name}" for name in DIALS]
+    for text, may in zip(TEXTS, ([], MODULES[:1], MODULES[:1], MODULES[:3], MODULES[:4])):
+        found = re.findall(r"^ *(?:from|import) (\w+)", text, re.MULTILINE)
+        assert "sys" in found and set(found) & set(MODULES) <= set(may)

@@ -1,326 +1,339 @@
-"""Nothing is lost: runs that are interrupted, killed, and deprived of their disk, all for real.
+"""No night of training is lost: runs that are interrupted, killed, and deprived of their disk.
 
-The runs are processes that halt where a test wants them to (helpers.py). `TINYGPT_KILLS=500 pytest
-tests/test_interruptions.py` kills more often.
+All for real. `TINYGPT_KILLS=500 pytest tests/test_interruptions.py` kills more often than usual.
 """
-# ruff: noqa: D103
 
+import itertools
 import os
 import random
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
+from functools import partial
 
 import pytest
-from helpers import FILES, POSIX, SIZES, STEPS, contents, forks, log_losses, write_text
+import torch
+from helpers import (
+    RESUME,
+    ROOT,
+    STEPS,
+    TINY,
+    at_step,
+    call,
+    contents,
+    limited,
+    log_rows,
+    outcome,
+    python,
+    results,
+    train,
+    working_in,
+)
+from tqdm import tqdm
 
+import generate_text
+import train_model
 from model_architecture import load_checkpoint
 
 KILLS = int(os.environ.get("TINYGPT_KILLS", 50))
-pytestmark = pytest.mark.skipif(not POSIX, reason="needs signals and fork")
 EPOCHS = 3
-RUN = [*FILES, *SIZES, "--dropout", "0.2", "--epochs", str(EPOCHS)]
-RESUME = [*FILES, "--resume"]
+RUN = [*TINY, "--dropout", "0.2", "--epochs", str(EPOCHS)]
+INSIDE = ["--checkpoint", "out/model.pth", "--training_log", "out/log.csv"]
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs signals and fork")
+tqdm.monitor_interval = 0  # its thread might hold a lock while a test forks
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def here(tmp_path):
-    """A folder with a text in it."""
-    write_text(tmp_path)
-    return tmp_path
+    """An empty working directory but for text.txt; and no signal is ignored, as under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    with working_in(tmp_path / "here") as folder:
+        yield folder
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """What a run leaves that nothing interrupts: the checkpoint's bytes and the log's rows."""
-    folder = tmp_path_factory.mktemp("straight")
-    write_text(folder)
-    done = forks().run(folder, *RUN)
-    assert (done.status, done.err) == (0, ""), done
-    return contents(folder)["model.pth"], log_losses(folder / "log.csv")
+    """The results of a run that nothing interrupts."""
+    with working_in(tmp_path_factory.mktemp("straight")):
+        assert train(*RUN).status == 0
+        return results()
 
 
-def check_equal(here, straight):
-    """The folder holds what the straight run left, and nothing else."""
-    assert contents(here)["model.pth"] == straight[0]
-    assert log_losses(here / "log.csv") == straight[1]
-    assert set(contents(here)) == {"text.txt", "model.pth", "log.csv"}
+def stopped_at(step, *argv, number=signal.SIGINT):
+    """A run that gets the signal when it has taken that many steps in this session."""
+    with at_step(step, number):
+        return train(*argv)
 
 
-def stop_at(here, step, number, *argv):
-    """Send a run the signal when it has just taken that step (of this session); return its end."""
-    run = forks().start(here, *argv, halt_at_steps=[step])
-    assert run.halted()
-    run.send(number)
-    run.go_on()
-    return run.end()
+def forked(argv, fault):
+    """The status of a run in a process of its own; below zero, the signal that killed it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of NumPy's threads, which wait for nothing
+        pid = os.fork()
+    if pid == 0:
+        status = 99
+        try:
+            signal.alarm(120)  # it cannot hang
+            fault()
+            status = train(*argv).status
+        finally:
+            os._exit(status)
+    status = os.waitpid(pid, 0)[1]
+    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
-# ---- Signals ------------------------------------------------------------------------------------
+# ---- Signals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", [1, STEPS - 1, STEPS, STEPS + 1, EPOCHS * STEPS])
 def test_resuming_gives_the_same_bits_wherever_a_run_was_interrupted(here, straight, step):
-    assert stop_at(here, step, signal.SIGINT, *RUN).status == 130
-    assert load_checkpoint(str(here / "model.pth"))[2]["step"] == step
-    done = forks().run(here, *RESUME)
-    assert (done.status, done.err) == (0, "")
-    check_equal(here, straight)
+    assert stopped_at(step, *RUN).status == 130
+    assert load_checkpoint("model.pth")[2]["step"] == step
+    assert train(*RESUME).status == 0
+    assert results() == straight
+    assert set(contents(here)) == {"text.txt", "model.pth", "log.csv"}
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_resuming_again_and_again_gives_the_same_bits(here, straight, seed):
-    rng = random.Random(seed)
-    step, argv = 0, RUN
-    while True:
-        more = rng.randint(1, STEPS)
-        step += more
-        if step > EPOCHS * STEPS:
-            break
-        assert stop_at(here, more, signal.SIGINT, *argv).status == 130
+@pytest.mark.parametrize("seed", range(5))
+def test_resuming_again_and_again_gives_the_same_bits(straight, seed):
+    rng, argv = random.Random(seed), RUN
+    while stopped_at(rng.randint(1, STEPS), *argv).status == 130:
         argv = RESUME
-    assert forks().run(here, *argv).status == 0
-    check_equal(here, straight)
+    assert results() == straight
 
 
 @pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
-def test_a_signal_saves_and_prints_the_command_that_resumes(here, straight, name, status):
+def test_a_signal_saves_and_the_same_command_with_resume_continues(straight, name, status):
     odd = "it's a \u00e9 $HOME"
-    (here / "text.txt").rename(here / f"{odd}.txt")
-    paths = ["--input", f"{odd}.txt", "--checkpoint", f"{odd}.pth", f"--log=-{odd}.csv"]
-    argv = [*paths, *RUN[len(FILES) :]]
-    done = stop_at(here, STEPS + 2, getattr(signal, name), *argv)
+    os.rename("text.txt", f"{odd}.txt")
+    names = ["--input", f"{odd}.txt", "--checkpoint", f"{odd}.pth", f"--training_log=-{odd}.csv"]
+    done = stopped_at(STEPS + 2, *RUN, *names, number=getattr(signal, name))
     assert (done.status, done.err) == (status, "")
-    line = done.out.splitlines()[-1]
-    python, script, *again = shlex.split(line[line.index("python ") :])
-    assert (python, script) == ("python", "train_model.py")
-    assert forks().run(here, *again).status == 0
-    assert contents(here)[f"{odd}.pth"] == straight[0]
-    assert log_losses(here / f"-{odd}.csv") == straight[1]
+    assert "--resume" in done.out.splitlines()[-1]
+    assert train(*RUN, *names, "--resume").status == 0
+    assert results(f"{odd}.pth", f"-{odd}.csv") == straight
 
 
-def test_a_second_signal_quits_at_once(here):
-    run = forks().start(here, *RUN, halt_at_steps=[5, 5])
-    for _ in range(2):  # it halts twice after the same step, and knows the first signal then
-        assert run.halted()
-        run.send(signal.SIGINT)
-        run.go_on()
-    done = run.end()
-    assert done.status in (-signal.SIGINT, 130)
-    assert "Traceback" not in done.err
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_quits_at_once(here, number):
+    with at_step(5, number, number):
+        assert forked(RUN, lambda: None) in (-number, 128 + number)
     assert list(contents(here)) == ["text.txt"]
 
 
-def test_an_ignored_hangup_stays_ignored(here, straight):
+def test_an_ignored_hangup_stays_ignored(straight):
     """`nohup` means that the run outlives its terminal."""
-    run = forks().start(here, *RUN, halt_at_steps=[3], ignore=[signal.SIGHUP])
-    assert run.halted()
-    run.send(signal.SIGHUP)
-    run.go_on()
-    assert run.end().status == 0
-    check_equal(here, straight)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert stopped_at(3, *RUN, number=signal.SIGHUP).status == 0
+    assert results() == straight
 
 
-def test_an_interrupt_before_the_first_step_leaves_everything_as_it_was(here):
-    run = forks().start(here, *RUN, halt_at_file=1)  # the check that the folder can be written
-    assert run.halted()
-    run.send(signal.SIGINT)
-    run.go_on()
-    done = run.end()
-    assert done.status == 130
-    assert "Traceback" not in done.err
+def test_an_interrupt_before_the_first_step_leaves_everything_as_it_was(here, monkeypatch):
+    monkeypatch.setattr(train_model, "load_text", lambda _: signal.raise_signal(signal.SIGINT))
+    done = train(*RUN)
+    assert (done.status, done.err) == (130, "")
     assert list(contents(here)) == ["text.txt"]
 
 
-@pytest.fixture
-def finished(here):
-    """The folder with a finished run in it, whose files must survive."""
-    assert forks().run(here, *FILES, *SIZES, "--epochs", "1").status == 0
-    return here
+def test_a_process_that_is_told_to_stop_saves(here):
+    process = python(ROOT / "train_model.py", *RUN, "--epochs", "100000", folder=here)
+    while process.stdout.readline()[:6] not in (b"epoch ", b""):
+        pass
+    process.terminate()
+    done = outcome(process)
+    assert (done.status, done.err) == (143, "")
+    assert load_checkpoint("model.pth")[2]["step"] >= STEPS
 
 
-# ---- kill -9 -----------------------------------------------------------------------------------
+def test_a_long_epoch_is_saved_now_and_then(monkeypatch):
+    clock, steps = itertools.count(), []
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))  # a second at every look
+    with at_step(STEPS - 1, lambda: steps.append(load_checkpoint("model.pth")[2]["step"])):
+        assert train(*RUN, "--save_minutes", "0.05").status == 0
+    assert 1 <= steps[0] < STEPS - 1
 
 
-def new_file(here):
-    """Whether something lies in the folder that is being written at this moment."""
-    names = {"text.txt", "model.pth", "log.csv", "log.previous.csv", "model.previous.pth"}
-    return bool(set(os.listdir(here)) - names)
+# ---- Two runs ------------------------------------------------------------------------------------
 
 
-def kill_somewhere(here, argv, rng):
-    """Kill a run, most likely while it saves; return False if it ended before that."""
-    kind = rng.choice(["operation", "operation", "byte", "seen", "seen", "moment"])
-    if kind == "byte":  # dies in the middle of writing
-        return forks().run(here, *argv, die_at_byte=rng.randint(1, 60_000)).status < 0
-    if kind == "operation":  # before some file is opened to be written, or renamed
-        run = forks().start(here, *argv, halt_at_file=rng.randint(1, 14))
-        run.halted()
-    else:
-        run = forks().start(here, *argv)
-        if kind == "seen":
-            give_up = time.monotonic() + rng.choice([0.5, 1.0])
-            saves = rng.randint(1, 4)
-            while saves and time.monotonic() < give_up:
-                saves -= new_file(here)
-        else:
-            time.sleep(rng.uniform(0, 0.3))
-    if run.status is not None:
-        return False
-    run.send(signal.SIGKILL)
-    return run.end().status == -signal.SIGKILL
+def test_a_second_run_is_refused_while_the_first_goes_on(here, straight):
+    def meanwhile():
+        before = contents(here)
+        assert outcome(python(ROOT / "train_model.py", *RUN, folder=here)).status == 2
+        with torch.random.fork_rng():
+            mixed = ["--checkpoint", "out/../model.pth", "--training_log", "out/log.csv"]
+            for argv in (RUN, RESUME, [*RUN, *mixed], [*RUN, "--checkpoint", "out/model.pth"]):
+                assert "another run" in train(*argv).sentence()
+            assert call(generate_text.main, ["--checkpoint", "model.pth"]).status == 0
+            assert contents(here) == before
+            assert train(*RUN, *INSIDE).status == 0
+
+    os.mkdir("out")
+    with at_step(STEPS + 1, meanwhile):
+        assert train(*RUN).status == 0
+    assert results() == results("out/model.pth", "out/log.csv") == straight
 
 
-def test_killed_anywhere_a_run_ends_in_the_same_bits(tmp_path):
-    rng = random.Random(2024)
-    sizes = [*SIZES, "--dropout", "0.2", "--save_minutes", "0.01", "--epochs", "12"]
-    straight = tmp_path / "straight"
-    straight.mkdir()
-    write_text(straight)
-    assert forks().run(straight, *FILES, *sizes).status == 0
-    rows = log_losses(straight / "log.csv")
+def test_without_locks_a_run_trains_all_the_same(here, straight, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(here / "nowhere"))
+    assert train(*RUN).status == 0
+    assert results() == straight
 
-    kills = 0
+
+# ---- kill -9: each next run also shows that no lock stays behind ---------------------------------
+
+
+def die_at_file(number, later=0.0):
+    """From now on: die at that file operation (opening to write, renaming, removing), or after."""
+    seen, folder = 0, os.path.realpath(".") + os.sep
+
+    def count(event, arguments):
+        nonlocal seen
+        if event in ("os.rename", "os.remove") or event == "open" and arguments[2] & os.O_WRONLY:
+            seen += os.path.realpath(arguments[0]).startswith(folder)
+            if seen == number:
+                die_after(later) if later else os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+
+
+def die_after(seconds):
+    """The system ends the process then, whatever it is doing."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def die_at_byte(number):
+    """Die in the middle of writing a file that large."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it: writing just fails
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))
+
+
+def test_killed_anywhere_a_run_ends_in_the_same_bits(here):
+    rng, run, kills = random.Random(2024), [*RUN, "--epochs", "6"], 0
+    assert train(*run).status == 0
+    whole, rows = results()
     while kills < KILLS:
-        here = tmp_path / f"killed{kills}"
-        here.mkdir()
-        write_text(here)
-        alive = True
-        while alive and kills < KILLS:
-            fresh = not (here / "model.pth").exists()
-            alive = kill_somewhere(here, [*FILES, *sizes] if fresh else RESUME, rng)
-            kills += alive
-            if (here / "model.pth").exists():
-                load_checkpoint(str(here / "model.pth"))  # whole, at any moment
-            if (here / "log.csv").exists():
-                found = log_losses(here / "log.csv")
-                assert found == rows[: len(found)]
-        argv = RESUME if (here / "model.pth").exists() else [*FILES, *sizes]
-        done = forks().run(here, *argv)
-        assert (done.status, done.err) == (0, ""), done
-        assert contents(here)["model.pth"] == contents(straight)["model.pth"]
-        assert log_losses(here / "log.csv") == rows
+        for path in here.glob("*.[cp]*"):
+            path.unlink()
+        status = -1
+        while status < 0:
+            after = partial(die_at_file, rng.randint(1, 30), rng.uniform(0, 0.004))
+            byte = partial(die_at_byte, rng.randint(1, 60_000))
+            moment = partial(die_after, rng.uniform(0, 0.3))
+            exact = partial(die_at_file, rng.randint(1, 30))
+            fault = rng.choice([exact, after, after, byte, moment])
+            argv = RESUME if os.path.exists("model.pth") else run
+            status = forked(argv, fault if kills < KILLS else lambda: None)
+            kills += status < 0
+            if os.path.exists("model.pth"):
+                load_checkpoint("model.pth")  # whole, at any moment
+            if os.path.exists("log.csv"):
+                assert log_rows() == rows[: len(log_rows())]
+        assert status == 0
+        assert results() == (whole, rows)
         assert set(contents(here)) <= {"text.txt", "model.pth", "log.csv", "log.previous.csv"}
+
+
+def killed_at_every_file_operation(folder, argv):
+    """Yield the status and what is left, for one operation after the other."""
+    before = contents(folder)
+    for operation in range(1, 40):
+        for path in folder.iterdir():
+            path.unlink()
+        for name, data in before.items():
+            (folder / name).write_bytes(data)
+        yield forked(argv, partial(die_at_file, operation)), contents(folder)
+    raise AssertionError("it never ends")
 
 
 def test_killed_at_every_file_operation_of_the_last_save(here, straight):
     """A run that is killed between writing its log and its checkpoint has each row all the same."""
-    assert stop_at(here, EPOCHS * STEPS, signal.SIGINT, *RUN).status == 130
+    assert stopped_at(EPOCHS * STEPS, *RUN).status == 130
+    deaths = 0
+    for status, _ in killed_at_every_file_operation(here, RESUME):
+        assert train(*RESUME).status == 0
+        assert results() == straight
+        if status == 0:
+            break
+        deaths += 1
+    assert deaths >= 5
+
+
+def test_killed_at_every_file_operation_a_fresh_run_keeps_the_older_files(here):
+    assert train(*TINY).status == 0
+    older = contents(here)
+    for status, now in killed_at_every_file_operation(here, RUN):
+        assert status == -signal.SIGKILL
+        assert older["model.pth"] in (now["model.pth"], now.get("model.previous.pth"))
+        assert older["log.csv"] in (now["log.csv"], now.get("log.previous.csv"))
+        if now["model.pth"] != older["model.pth"]:
+            break
+
+
+# ---- Disks ---------------------------------------------------------------------------------------
+
+
+def check_trained_but_not_saved(done, folder, before, reason):
+    """The run came to its last epoch, said why it could not save, and harmed nothing."""
+    assert reason in done.sentence()
+    assert f"epoch {EPOCHS}/{EPOCHS}" in done.out
+    assert reason in next(line for line in done.out.splitlines() if "warning: not saved" in line)
+    assert contents(folder) == before
+
+
+def test_a_file_that_cannot_be_written_ends_neither_the_run_nor_the_old_checkpoint(here):
+    assert train(*TINY).status == 0
     before = contents(here)
-    for operation in range(1, 30):
-        for name, data in before.items():
-            (here / name).write_bytes(data)
-        run = forks().start(here, *RESUME, halt_at_file=operation)
-        if not run.halted():
-            break
-        run.send(signal.SIGKILL)
-        assert run.end().status == -signal.SIGKILL
-        done = forks().run(here, *RESUME)
-        assert (done.status, done.err) == (0, ""), operation
-        check_equal(here, straight)
-    assert 5 <= operation < 29
+    with limited(file=len(before["model.pth"]) // 2):
+        check_trained_but_not_saved(train(*RUN), here, before, "MB")
+        stopped = stopped_at(4, *RUN)
+    assert "saved" in stopped.sentence()
+    assert "--resume" not in stopped.out
+    assert contents(here) == before
 
 
-def test_killed_at_every_file_operation_a_fresh_run_keeps_the_older_files(finished):
-    older = contents(finished)
-    for operation in range(1, 40):
-        for path in finished.iterdir():
-            path.unlink()
-        for name, data in older.items():
-            (finished / name).write_bytes(data)
-        run = forks().start(finished, *RUN, halt_at_file=operation, halt_at_steps=[STEPS + 1])
-        assert run.halted()
-        run.send(signal.SIGKILL)
-        run.end()
-        present = contents(finished)
-        assert older["model.pth"] in (present["model.pth"], present.get("model.previous.pth"))
-        assert older["log.csv"] in (present["log.csv"], present.get("log.previous.csv"))
-        if present["model.pth"] != older["model.pth"]:
-            break
-    assert 5 <= operation < 39
-
-
-# ---- Disks -------------------------------------------------------------------------------------
-
-
-def is_trained(done):
-    """Whether the run came to its last epoch, whatever it could not save."""
-    return f"epoch {EPOCHS}/{EPOCHS}" in done.out
-
-
-def test_a_file_that_cannot_be_written_ends_neither_the_run_nor_the_old_checkpoint(finished):
-    before = contents(finished)
-    done = forks().run(finished, *RUN, largest_file=len(before["model.pth"]) // 2)
-    assert is_trained(done)
-    assert "MB" in done.sentence()
-    assert done.out.count("warning: not saved") == EPOCHS
-    assert contents(finished) == before
-
-
-def test_what_can_be_saved_later_is_saved_later(finished, straight):
+def test_what_can_be_saved_later_is_saved_later(here, straight):
     """What resuming needs is too large for this disk, what generation needs is not."""
-    before = contents(finished)
-    done = forks().run(finished, *RUN, largest_file=len(straight[0]) + 5_000)
+    assert train(*TINY).status == 0
+    before = results()
+    with limited(file=len(straight[0]) + 5_000):
+        done = train(*RUN)
     assert (done.status, done.err) == (0, "")
     assert done.out.count("warning: not saved") == EPOCHS - 1
-    after = contents(finished)
-    assert after["model.pth"] == straight[0]
-    assert after["model.previous.pth"] == before["model.pth"]
-    assert after["log.previous.csv"] == before["log.csv"]
-    assert log_losses(finished / "log.csv") == straight[1]
-
-
-def test_an_interrupt_that_cannot_save_says_so(finished):
-    before = contents(finished)
-    run = forks().start(finished, *RUN, halt_at_steps=[4], largest_file=8_000)  # bytes
-    assert run.halted()
-    run.send(signal.SIGINT)
-    run.go_on()
-    done = run.end()
-    assert "saved" in done.sentence()
-    assert "continue with" not in done.out
-    assert contents(finished) == before
+    assert results() == straight
+    assert results("model.previous.pth", "log.previous.csv") == before
+    assert len(contents(here)) == 5
 
 
 def test_a_folder_that_vanishes_in_mid_run(here):
-    (here / "out").mkdir()
-    paths = ["--input", "text.txt", "--checkpoint", "out/model.pth", "--log", "out/log.csv"]
-    run = forks().start(here, *paths, *RUN[len(FILES) :], halt_at_steps=[STEPS + 1])
-    assert run.halted()
-    assert set(contents(here / "out")) == {"model.pth", "log.csv"}
-    shutil.rmtree(here / "out")
-    run.go_on()
-    done = run.end()
-    assert is_trained(done)
-    assert "model.pth" in done.sentence() or "log.csv" in done.err
-    assert list(contents(here)) == ["text.txt"]
+    os.mkdir("out")
+    with at_step(STEPS + 1, lambda: shutil.rmtree("out")):
+        done = train(*RUN, *INSIDE)
+    check_trained_but_not_saved(done, here, {"text.txt": contents(here)["text.txt"]}, "out/")
 
 
-def test_a_folder_that_comes_back_in_time(here, straight):
-    (here / "out").mkdir()
-    paths = ["--input", "text.txt", "--checkpoint", "out/model.pth", "--log", "out/log.csv"]
-    argv = [*paths, *RUN[len(FILES) :]]
-    run = forks().start(here, *argv, halt_at_steps=[2, 2 * STEPS + 1])
-    assert run.halted()
-    (here / "out").rename(here / "gone")
-    run.go_on()
-    assert run.halted()
-    assert run.written("out").count("warning: not saved") == 2
-    (here / "gone").rename(here / "out")
-    run.go_on()
-    assert run.end().status == 0
-    assert contents(here)["out/model.pth"] == straight[0]
-    assert log_losses(here / "out" / "log.csv") == straight[1]
+def test_a_folder_that_comes_back_in_time(straight):
+    os.mkdir("out")
+    with at_step(2, lambda: os.rename("out", "gone")):
+        with at_step(2 * STEPS + 1, lambda: os.rename("gone", "out")):
+            done = train(*RUN, *INSIDE)
+    assert (done.status, done.out.count("warning: not saved")) == (0, 2)
+    assert results("out/model.pth", "out/log.csv") == straight
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_training(here):
     if os.geteuid() == 0:
-        pytest.skip("root may write anywhere; see the test of a real disk")
+        pytest.skip("root may write anywhere; see the read-only disk")
     here.chmod(0o555)
-    done = forks().run(here, *RUN)
+    done = train(*RUN)
     here.chmod(0o755)
     assert "model.pth" in done.sentence()
     assert done.out == ""
@@ -329,63 +342,42 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(here):
 
 @pytest.fixture
 def disk(tmp_path):
-    """A disk of its own, of 256 kB, in memory; None where it cannot be had."""
+    """A disk of its own, of 256 kB, in memory, as the working directory."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tinygpt", str(folder)]
-    if not sys.platform.startswith("linux") or os.geteuid() or not shutil.which("mount"):
-        pytest.skip("only root on Linux can make a disk")
-    if subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode:
-        pytest.skip("no disk can be made here")
-    yield folder
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tinygpt", str(folder)]
+    if not sys.platform.startswith("linux") or os.geteuid() or subprocess.run(mount).returncode:
+        pytest.skip("only root on Linux can make a disk, where it is allowed to")
+    with working_in(folder):
+        yield folder
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def fill(disk):
-    """Leave 8 kB of the disk free."""
-    space = os.statvfs(disk)
-    with open(disk / "filler", "wb") as file:
-        file.write(bytes(space.f_bavail * space.f_frsize - 8_192))
-
-
 def test_a_full_disk(disk, straight):
-    write_text(disk)
-    assert forks().run(disk, *FILES, *SIZES, "--epochs", "1").status == 0
-    fill(disk)
+    assert train(*TINY).status == 0
+    space = os.statvfs(disk)
+    (disk / "filler").write_bytes(bytes(space.f_bavail * space.f_frsize - 8_192))
     before = contents(disk)
-    done = forks().run(disk, *RUN)
-    assert is_trained(done)
-    assert "No space left on device" in done.sentence()
-    assert "MB are needed" in done.err
-    assert contents(disk) == before
+    check_trained_but_not_saved(train(*RUN), disk, before, "No space left on device")
 
-    run = forks().start(disk, *RUN, halt_at_steps=[2 * STEPS + 1])
-    assert run.halted()
-    assert run.written("out").count("No space left on device") == 2
-    assert contents(disk) == before
-    (disk / "filler").unlink()  # the user makes room
-    run.go_on()
-    assert run.end().status == 0
-    after = contents(disk)
-    assert after["model.pth"] == straight[0]
-    assert after["model.previous.pth"] == before["model.pth"]
+    with at_step(2 * STEPS + 1, (disk / "filler").unlink):  # the user makes room
+        done = train(*RUN)
+    assert (done.status, done.out.count("No space left on device")) == (0, 2)
+    assert results() == straight
+    assert contents(disk)["model.previous.pth"] == before["model.pth"]
 
 
 def test_a_read_only_disk(disk):
-    write_text(disk)
-    run = forks().start(disk, *RUN, halt_at_steps=[STEPS + 1])
-    assert run.halted()
-    before = contents(disk)
-    assert set(before) == {"text.txt", "model.pth", "log.csv"}
-    remount = ["mount", "-o", "remount,ro", str(disk)]
-    subprocess.run(remount, check=True)  # as a system does after a disk's error
-    run.go_on()
-    done = run.end()
-    assert is_trained(done)
-    assert "Read-only file system" in done.sentence()
-    assert contents(disk) == before
+    def fail():  # as a system does after a disk's error
+        before.update(contents(disk))
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
 
-    done = forks().run(disk, *RUN)  # and this is found before anything is trained
+    before = {}
+    with at_step(STEPS + 1, fail):
+        done = train(*RUN)
+    check_trained_but_not_saved(done, disk, before, "Read-only file system")
+    assert set(before) == {"text.txt", "model.pth", "log.csv"}
+    done = train(*RUN)  # and this is found before anything is trained
     assert "Read-only file system" in done.sentence()
     assert done.out == ""
     assert contents(disk) == before
