@@ -75,6 +75,7 @@ def generate(
     unread, cache = context, KVCache()
     for _ in range(max_new_tokens):
         logits = model(unread.to(device), cache)[:, -1].cpu()  # (B, V)
+        refuse_overflow(logits)
         probabilities = next_probabilities(logits, temperature, top_k, top_p)
         drawn = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
         yield drawn[:, 0]
@@ -135,6 +136,12 @@ def read_prompt(wanted: Optional[str], tokenizer: CharTokenizer) -> str:
             raise UserError(f"the prompt on stdin is not UTF-8 at byte {error.start}") from error
         wanted = wanted.replace("\r\n", "\n").replace("\r", "\n")
     return wanted or ("\n" if "\n" in tokenizer.characters else tokenizer.characters[0])
+
+
+def refuse_overflow(logits: torch.Tensor) -> None:
+    """Raise UserError when the parameters, however finite, led to NaN."""
+    if torch.isnan(logits).any():
+        raise UserError("the model's parameters are so large that they overflow; train it again")
 
 
 def choose_device(wanted: str) -> Tuple[torch.device, str]:

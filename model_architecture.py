@@ -407,6 +407,7 @@ def build_model(contents: Any) -> TinyGPT:
     check_tensors("parameters", contents["parameters"], expected)
     model = TinyGPT(len(vocabulary), **sizes)
     model.load_state_dict(contents["parameters"])
+    model.sizes = sizes
     return model
 
 

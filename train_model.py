@@ -413,7 +413,7 @@ def write_whole(path: str, data: Any) -> None:
 
 def refuse_bad_names(paths: List[str], text: str, session: contextlib.ExitStack) -> None:
     """Raise UserError for files that cannot be written, or that something else would replace."""
-    names = [text, *paths, *map(previous_name, paths)]
+    names = [text, *paths, *map(previous_name, paths), *map("{}.part".format, paths)]
     if len({os.path.realpath(name) for name in names}) < len(names):
         raise UserError("--input, --checkpoint and --training_log must have names of their own")
     for path in paths:
@@ -460,9 +460,9 @@ def choose_settings(flags: Any, device: torch.device, saved: Any) -> Hyperparame
     return settings
 
 
-def resume(run: Trainer, best: Dict[str, torch.Tensor], state: Dict[str, Any]) -> None:
+def resume(run: Trainer, best: Dict[str, Any], vocabulary: str, state: Dict[str, Any]) -> None:
     """Continue the run that left `state` and the parameters `best`. Raises UserError if forged."""
-    if state["text"] != run.text:
+    if state["text"] != run.text or vocabulary != run.vocabulary:
         raise UserError("it learns from another text; name that one with --input")
     expected, history = run.state_dict(), state["history"]
     fit = all(type(state[k]) is type(v) for k, v in expected.items() if k != "random_cuda")
@@ -486,17 +486,19 @@ def resume(run: Trainer, best: Dict[str, torch.Tensor], state: Dict[str, Any]) -
 
 def prepare(flags: argparse.Namespace) -> Trainer:
     """Read text and checkpoint, check everything, build the run and say what it is."""
-    best, _, state = load_checkpoint(flags.checkpoint) if flags.resume else (None, None, None)
+    best, vocabulary, state = load_checkpoint(flags.checkpoint) if flags.resume else [None] * 3
     if flags.resume and state is None:
         print(f"the run in {flags.checkpoint!a} is finished; there is nothing to resume")
         raise SystemExit(0)
     device, why = choose_device(flags.device)
     try:
         settings = choose_settings(flags, device, state and state["settings"])
+        if state and best.sizes != {name: getattr(settings, name) for name in SIZES}:
+            raise UserError("its settings are not those of its model")
         torch.manual_seed(settings.seed)  # for initialisation and dropout
         run = Trainer(settings, *load_text(flags.input), device)
         if state:
-            resume(run, dict(best.state_dict()), state)
+            resume(run, dict(best.state_dict()), vocabulary, state)
     except UNREADABLE as error:  # UserError is among them
         if state is None:
             raise

@@ -18,6 +18,7 @@ import train_model
 from hyperparameters import end_with_a_sentence
 
 ROOT = Path(__file__).resolve().parent.parent
+POSIX = os.name == "posix"
 DEADLINE = 120  # seconds; far more than anything here takes
 
 # On a CPU the same run has the same bits, and a process that has trained can fork.

@@ -8,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from helpers import POSIX, ROOT, call, outcome, python
+from helpers import ROOT, call, outcome, python
 from optional_hypothesis import given, st
 
 import data_handling
@@ -115,11 +115,11 @@ def test_a_fingerprint_tells_texts_apart_but_not_their_line_ends_and_marks(file)
 
 def test_what_is_no_text_file_is_refused_with_a_sentence_that_names_it(tmp_path):
     paths = [tmp_path, tmp_path / "n\u00f6where \u20ac.txt", tmp_path / "none" / "text.txt"]
-    if POSIX:
+    if os.name == "posix":
         os.symlink("loop", tmp_path / "loop")
         os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
         paths += [tmp_path / "loop", "/dev/null", tmp_path / "pipe"]
-    if POSIX and os.geteuid() != 0:  # root may read all
+    if os.name == "posix" and os.geteuid() != 0:  # root may read all
         (tmp_path / "secret.txt").touch(0)
         paths += [tmp_path / "secret.txt"]
     for path in paths:

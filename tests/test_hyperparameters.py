@@ -36,7 +36,7 @@ def test_nonsense_is_refused_by_every_setting_with_its_name_and_the_value():
             assert f"{one.name} must be a whole number" in refusal(**{one.name: 2.0})
 
 
-def test_zero_and_the_whole_are_refused_where_nothing_would_be_left():
+def test_zero_the_whole_and_uneven_shares_are_refused_where_they_cannot_work():
     may_be_zero = {"warmup_steps", "dropout", "weight_decay", "beta2", "seed"}
     for name in {one.name for one in SETTINGS} - may_be_zero:
         assert f"{name} must be" in refusal(**{name: 0})
@@ -44,10 +44,7 @@ def test_zero_and_the_whole_are_refused_where_nothing_would_be_left():
         assert getattr(replace(LAPTOP, **{name: 0}), name) == 0
     for name in ("validation_fraction", "dropout", "beta2"):
         assert f"{name} must be" in refusal(**{name: 1})
-
-
-def test_every_head_needs_an_equal_and_even_share():
-    for n_embd, n_head in ((128, 5), (4, 4), (6, 2)):
+    for n_embd, n_head in ((128, 5), (4, 4), (6, 2)):  # every head needs an equal and even share
         assert f"2 * n_head, not {n_embd}" in refusal(n_embd=n_embd, n_head=n_head)
 
 
@@ -135,7 +132,7 @@ def test_the_examples_in_the_docstrings_hold():
 
 
 def test_each_module_is_short_and_most_lines_stand_above_the_folds():
-    for text, most in zip(TEXTS, (120, 200, 430, 200, 580)):
+    for text, most in zip(TEXTS, (120, 200, 400, 200, 500)):
         assert text.count("\n") <= most and text.count("\n# ---- The fold:") == 1
     above = sum(text.split("\n# ---- The fold:")[0].count("\n") for text in TEXTS)
     assert above >= 0.55 * sum(text.count("\n") for text in TEXTS)
