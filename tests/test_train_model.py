@@ -322,6 +322,7 @@ FORGED = {
     "training/optimizer/0/exp_avg_sq": [torch.zeros(1).expand(9, 16), torch.eye(9, 16).to_sparse()],
     "training/scaler": [None, {"scale": "x"}, {"scale": NAN}],
     "training/random": [None, torch.zeros(3), torch.zeros(8).byte(), "x", HUGE_BYTES],
+    "vocabulary": [" abcdefgi", " abcdefg"],
 }
 
 
