@@ -492,21 +492,23 @@ def prepare(flags: argparse.Namespace) -> Trainer:
         raise SystemExit(0)
     device, why = choose_device(flags.device)
     try:
-        settings = choose_settings(flags, device, state and state["settings"])
-        if state and best.sizes != {name: getattr(settings, name) for name in SIZES}:
+        if flags.resume and type(state) is not dict:
+            raise UserError("its unfinished run is damaged")
+        settings = choose_settings(flags, device, state["settings"] if flags.resume else None)
+        if flags.resume and best.sizes != {name: getattr(settings, name) for name in SIZES}:
             raise UserError("its settings are not those of its model")
         torch.manual_seed(settings.seed)  # for initialisation and dropout
         run = Trainer(settings, *load_text(flags.input), device)
-        if state:
+        if flags.resume:
             resume(run, dict(best.state_dict()), vocabulary, state)
     except UNREADABLE as error:  # UserError is among them
-        if state is None:
+        if not flags.resume:
             raise
         raise UserError(f"cannot resume {flags.checkpoint!a}: {reason(error)}") from error
     run.checkpoint, run.training_log = flags.checkpoint, flags.training_log
     # What a save would replace, except what this very run, if it is resumed, wrote.
     run.older = [path for path in (run.checkpoint, run.training_log) if os.path.exists(path)]
-    if state:
+    if flags.resume:
         run.older.remove(run.checkpoint)
         with contextlib.suppress(OSError), open(run.training_log, "rb") as file:
             present, ours = file.read(), log_text(run.history)
@@ -516,8 +518,7 @@ def prepare(flags: argparse.Namespace) -> Trainer:
     parameters = sum(p.numel() for p in run.model.parameters())
     say(run, f"device    {device} ({why}), {str(run.number_format)[6:]} matrix products")
     say(
-        run,
-        f"text      {V} different characters; guessing blindly costs {math.log(V):.4f} nats each",
+        run, f"text      {V} different characters; blind guessing costs {math.log(V):.4f} nats each"
     )
     say(run, f"split     {train:,} characters to learn from, {val:,} to measure on")
     say(run, f"model     {parameters:,} parameters, from {run.step:,} steps of training")
