@@ -10,15 +10,18 @@ been there all along. From chapter 4 it takes the file tiny_gpt_model.pth; what 
 """
 
 import argparse
+import contextlib
+import io
+import math
 import os
 import sys
-from typing import Callable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import torch
 
 from data_handling import CharTokenizer
 from hyperparameters import Parser, UserError, end_with_a_sentence
-from model_architecture import KVCache, TinyGPT, load_checkpoint, reason
+from model_architecture import KVCache, TinyGPT, attention_of, load_checkpoint, reason
 
 
 def next_probabilities(
@@ -103,10 +106,14 @@ def write_samples(
 def main(argv: Optional[List[str]] = None) -> None:
     """Write as the flags say."""
     arguments = parse(argv)
+    if arguments.attention is not None:
+        write_picture(arguments.attention)  # a trial, before anything else is done
     model, vocabulary, _ = load_checkpoint(arguments.checkpoint)
     tokenizer = CharTokenizer(vocabulary)
     prompt = read_prompt(arguments.prompt, tokenizer)
     prompt_ids = torch.from_numpy(tokenizer.encode(prompt)).long()  # (T,)
+    if arguments.attention is not None:
+        write_picture(arguments.attention, draw_attention, model, prompt, prompt_ids)
     device, _ = choose_device(arguments.device)
     seed = arguments.seed
     if seed is None:
@@ -160,19 +167,83 @@ def choose_device(wanted: str) -> Tuple[torch.device, str]:
     return torch.device("cpu" if wanted == "auto" else wanted), why
 
 
+def write_whole(path: str, data: Any) -> None:
+    """Make `data` the file `path`, which is the old or the new one at any moment, even of a crash.
+
+    Raises OSError; then nothing of the new one stays behind.
+    """
+    path = os.path.realpath(path)
+    try:
+        with open(f"{path}.part", "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before the name points to it
+        os.replace(f"{path}.part", path)
+    finally:
+        with contextlib.suppress(OSError):  # it is gone if all went well
+            os.remove(f"{path}.part")
+
+
+def write_picture(path: str, draw: Optional[Callable] = None, *what: Any) -> None:
+    """Write what `draw(figure, *what)` draws, as the kind of file that `path` ends in; without
+    `draw`, only try whether that can be done. Raises UserError, OSError.
+    """
+    file, kind = io.BytesIO(), os.path.splitext(path)[1][1:]
+    try:
+        from matplotlib import figure, style
+
+        with style.context("default"):  # whatever a matplotlibrc says
+            page = figure.Figure(layout="constrained")
+            draw(page, *what) if draw else page.text(0, 0, "a trial")
+            page.savefig(file, format=kind, dpi=150)
+    except (ImportError, ValueError, RuntimeError) as error:
+        hint = "; pip install matplotlib" if isinstance(error, ImportError) else ""
+        raise UserError(f"cannot draw {path!a}: {reason(error)}{hint}") from error
+    if draw:
+        write_whole(path, file.getbuffer())
+
+
+@torch.inference_mode()
+def draw_attention(figure: Any, model: TinyGPT, prompt: str, ids: torch.Tensor) -> None:
+    """The attention weights over the end of a prompt, ids (T,): a row a layer, a column a head."""
+    from matplotlib import colors, font_manager
+
+    T, weights = (
+        min(len(ids), model.block_size),
+        attention_of(model, ids[None, -model.block_size :]),
+    )
+    font = font_manager.get_font(font_manager.findfont("DejaVu Sans Mono")).get_charmap()
+    shown = prompt[-T:].replace(" ", "\u2423")
+    shown = [c if c.isprintable() and ord(c) in font else ascii(c)[1:-1] for c in shown]
+    size = min(max(0.15 * T, 1.2), 4)  # inches; a label needs 0.15, so each may name several
+    step = math.ceil(0.15 * T / size)
+    labels = ["".join(shown[start : start + step]) for start in range(0, T, step)]
+    longest = max(map(len, labels))
+    L, H, room = len(weights), weights[0].shape[1], 0.5 + 0.07 * longest
+    figure.set_size_inches(H * (size + 0.1) + 1 + room, L * (size + 0.3) + room)
+    panels = figure.subplots(L, H, sharex=True, sharey=True, squeeze=False)
+    for place, shares in enumerate(torch.cat(weights).flatten(0, 1).numpy()):  # (T, T) each
+        panel, style = panels.flat[place], {"fontsize": 8, "family": "DejaVu Sans Mono"}
+        # Most shares of many are small; the square root leaves them visible.
+        image = panel.imshow(shares, cmap="Blues", norm=colors.PowerNorm(0.5, 0, 1))
+        panel.set_title(f"layer {place // H + 1}, head {place % H + 1}", fontsize=9)
+        panel.set_xticks(range(0, T, step), labels, rotation=90 * (longest > 2), **style)
+        panel.set_yticks(range(0, T, step), labels, **style)
+    figure.supxlabel("character looked at", fontsize=10)
+    figure.supylabel("character that looks", fontsize=10)
+    figure.colorbar(image, ax=panels, label="attention weight", shrink=0.5)
+
+
 def number(kind: type, lowest: float, highest: float) -> Callable[[str], float]:
     """A check for argparse: text to a number of `kind` from `lowest` to `highest`."""
 
     def check(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
+        value = kind(text)  # argparse tells of a ValueError itself
         if not lowest <= value <= highest:
-            name = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text!a} is no {name} from {lowest} to {highest}")
+            raise argparse.ArgumentTypeError(f"{text!a} is not from {lowest} to {highest}")
         return value
 
+    check.__name__ = kind.__name__
     return check
 
 
@@ -182,6 +253,7 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     for flag, kind, default, text in (
         ("checkpoint", str, "tiny_gpt_model.pth", "the trained model"),
         ("prompt", str, None, "the text to continue, a line end if absent; - reads it from stdin"),
+        ("attention", str, None, "a picture to draw of what its characters look at (matplotlib)"),
         ("max_new_tokens", number(int, 0, 10**9), 500, "characters to write"),
         ("temperature", number(float, 0, 1000), 0.8, "0 takes the likeliest, more is wilder"),
         ("top_k", number(int, 0, 10**9), 0, "draw from the k likeliest; 0: from all"),

@@ -2,8 +2,8 @@
 
 A language model is a function with very many adjustable numbers, its parameters (800,000 here),
 which training finds. The few that a person chooses beforehand are its hyperparameters, or settings.
-At the end of this file you know which there are. Do not stop at a word that is new to you: the
-chapter named above each group explains it. All files use this table; running this one prints it.
+At the end of this file you know which there are. A word that is new to you is explained in the
+chapter named above its group. All files use this table; running this one prints it.
 """
 
 import argparse
@@ -49,6 +49,7 @@ class Hyperparameters:
     gradient_clip: float = setting(1.0, 1.0, 1e-6, 1e6, "length above which a gradient is cut")
     seed: int = setting(1337, 1337, 0, 2**63 - 1, "start of all randomness: same seed, same run")
     save_minutes: float = setting(5.0, 5.0, 0.01, 1e6, "minutes between saves in a long epoch")
+    sample_characters: int = setting(160, 160, 0, 10_000, "written after each epoch, to watch")
 
     def __post_init__(self) -> None:
         refuse_nonsense(self)
@@ -88,9 +89,9 @@ class Parser(argparse.ArgumentParser):
     """argparse, but a slip is answered with one sentence, which guesses the flag that was meant."""
 
     def error(self, message: str) -> None:
-        flag = message.split(": ")[1].split(" ")[0].split("=")[0] if "unrecog" in message else ""
-        likely = difflib.get_close_matches(flag, self._option_string_actions, 1)
-        hint = f"did you mean {likely[0]}?" if likely else f"{self.prog} --help lists the flags"
+        words = message.replace("=", " ").split()  # "unrecognized arguments: --n_layers 3"
+        likely = difflib.get_close_matches((words + [""])[2], self._option_string_actions, 1)
+        hint = f"did you mean {likely[0]}?" if likely else "--help lists the flags"
         raise UserError(f"{message}; {hint}")
 
 
@@ -111,8 +112,7 @@ def end_with_a_sentence(main: Callable, argv: Optional[List[str]] = None, lower:
             raise
         sentence = f"out of memory; lower {lower}"
     sys.stdout = sys.stderr  # a full disk may be behind the other one
-    sentence = sentence.encode("ascii", "backslashreplace").decode().replace("\n", "\\n")
-    print("error:", sentence, file=sys.stderr, flush=True)
+    print("error:", "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in sentence), flush=True)
     return 2
 
 

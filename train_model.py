@@ -28,18 +28,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data_handling import fingerprint, get_batch, load_text, shuffled_sequences, split
-from generate_text import choose_device
+from generate_text import choose_device, generate, read_prompt, write_picture, write_whole
 from hyperparameters import GPU, LAPTOP, Hyperparameters, Parser, UserError, end_with_a_sentence
-from model_architecture import (
-    FORMAT,
-    SIZES,
-    UNREADABLE,
-    CausalConvolution,
-    TinyGPT,
-    check_tensors,
-    load_checkpoint,
-    reason,
-)
+from model_architecture import FORMAT, SIZES, TinyGPT, check_like, load_checkpoint, reason
 
 
 @torch.no_grad()
@@ -89,8 +80,9 @@ def make_optimizer(model: TinyGPT, settings: Hyperparameters) -> torch.optim.Ada
     and only these have room to learn a text by heart. The convolutions, with three factors for each
     of C numbers, have not, and are spared.
     """
-    matrices = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))]
-    factors = [m.weight for m in model.modules() if isinstance(m, CausalConvolution)]
+    parameters = list(model.named_parameters())
+    matrices = [p for name, p in parameters if "convolution" not in name]
+    factors = [p for name, p in parameters if "convolution" in name]
     decayed = {"params": matrices, "weight_decay": settings.weight_decay}
     spared = {"params": factors, "weight_decay": 0.0}
     # fused: one step for all parameters at once, which PyTorch has on a CPU since 2.4.
@@ -134,11 +126,11 @@ class Trainer:
     """All that one run carries: what it is made of, and how far it has come."""
 
     def __init__(self, settings: Hyperparameters, tokenizer: Any, ids: Any, device: Any) -> None:
-        self.settings, self.vocabulary = settings, tokenizer.characters
+        self.settings, self.tokenizer = settings, tokenizer
         self.text = fingerprint(tokenizer, ids)
         train_ids, val_ids = split(ids, settings.block_size, settings.validation_fraction)
         self.train_ids, self.val_ids = train_ids.to(device), val_ids.to(device)
-        self.sequences = len(self.shuffled(0))  # in every epoch
+        self.sequences = len(shuffled_sequences(len(train_ids), settings.block_size, 0, epoch=0))
         self.steps_per_epoch = math.ceil(self.sequences / settings.batch_size)
         self.total_steps = settings.epochs * self.steps_per_epoch
         self.sizes = {name: getattr(settings, name) for name in SIZES}
@@ -154,15 +146,11 @@ class Trainer:
         self.loss_sum = torch.zeros((), dtype=kind, device=device)  # of this epoch's sequences
         set_up_session(self, device)  # rank, world_size, network, number_format, scaler
 
-    def shuffled(self, epoch: int) -> torch.Tensor:
-        length, block_size = len(self.train_ids), self.settings.block_size
-        starts = shuffled_sequences(length, block_size, self.settings.seed, epoch)  # (sequences,)
-        return starts.to(self.train_ids.device)
-
     def batches(self, epoch: int) -> Tuple[torch.Tensor, ...]:
         """Where the sequences begin, (B,) a batch, for the batches of this epoch still to come."""
-        self.clock = time.perf_counter() - self.seconds
-        batches = self.shuffled(epoch).split(self.settings.batch_size)
+        self.clock, length = time.perf_counter() - self.seconds, len(self.train_ids)
+        starts = shuffled_sequences(length, self.settings.block_size, self.settings.seed, epoch)
+        batches = starts.to(self.train_ids.device).split(self.settings.batch_size)
         return batches[self.step - epoch * self.steps_per_epoch :]
 
     def finish_step(self, loss: torch.Tensor, sequences: int) -> None:
@@ -179,18 +167,17 @@ class Trainer:
             self.best_loss = val_loss
             self.best_parameters = {n: p.cpu().clone() for n, p in self.model.state_dict().items()}
         epoch = len(self.history) + 1
-        self.history.append([epoch, self.step, train_loss, val_loss, self.seconds])
+        self.history.append([epoch, self.step, train_loss, val_loss, round(self.seconds, 1)])
         self.loss_sum.zero_()
 
     def state_dict(self) -> Dict[str, Any]:
         """What an exact resume needs, in tensors and plain Python.
 
         The settings, and a fingerprint of the text to refuse another: a run goes on as it began, or
-        not at all. The step, from which rate, epoch and batch follow; the log so far, its best loss
-        and the sum of this epoch's losses, to go on with them. The parameters; those of the best
-        epoch, to write with, stand beside this in the file, with the vocabulary. AdamW's averages,
-        without which its first steps would be blind; the scale of float16; and the state of the
-        random numbers, from which dropout draws.
+        not at all. The step, from which rate, epoch and batch follow; the log so far and the sum of
+        this epoch's losses, to go on with them. The parameters; those of the best epoch, to write
+        with, stand beside this in the file. AdamW's averages, without which its first steps would
+        be blind; the scale of float16; and the state of the random numbers that dropout draws.
         """
         on_cuda = self.train_ids.is_cuda
         return {
@@ -244,19 +231,38 @@ class Trainer:
 
 
 def report(run: Trainer) -> None:
-    """One line for the epoch that just ended.
+    """One line for the epoch that just ended, and a sample of what the model writes by now.
 
-    While both losses fall, the model learns. When the validation loss rises and the training loss
-    still falls, it begins to learn its text by heart (over-fitting): a longer text, more dropout or
-    a smaller model helps, and the file keeps the best epoch. (Of an epoch, the training loss is the
-    average, the validation loss that at its end: so at first it may be the lower one.)
+    Of an epoch, the training loss is the average, the validation loss that at its end: so at first
+    the second may be the lower one. While both fall, the model learns.
     """
-    epoch, step, train, val, seconds = run.history[-1]
-    speed = epoch * run.sequences * run.settings.block_size / max(seconds, 1e-9)
-    left = tqdm.format_interval((run.total_steps - step) * seconds / step)
-    losses = f"train loss {train:.4f}  val loss {val:.4f} ({val / math.log(2):.3f} bits/char)"
-    count = f"epoch {epoch}/{run.settings.epochs}  step {step:,}"
-    say(run, f"{count}  {losses}  {speed:,.0f} chars/s  {left} left")
+    epoch, step, train_loss, val_loss, _ = run.history[-1]
+    speed = epoch * run.sequences * run.settings.block_size / run.seconds
+    left = tqdm.format_interval((run.total_steps - step) * run.seconds / step)
+    losses = f"train loss {train_loss:.4f}  val loss {val_loss:.4f}"
+    bits = f"{val_loss / math.log(2):.3f} bits/char"
+    losses = f"step {step:,}  {losses} ({bits})  {speed:,.0f} chars/s  {left} left"
+    say(run, f"epoch {epoch}/{run.settings.epochs}  {losses}")
+    before = run.history[-2] if epoch > 1 else run.history[-1]
+    if train_loss < before[2] and val_loss > before[3]:
+        hint = "more dropout, a longer text or a smaller model helps; the file keeps the best epoch"
+        say(run, f"over-fitting: it now learns its text by heart, and unlearns others; {hint}")
+    for line in sample(run).splitlines():
+        say(run, f"    {line}")
+
+
+def sample(run: Trainer) -> str:
+    """What the model writes by now: `sample_characters`, or as many as a second suffices for."""
+    settings, tokenizer, end = run.settings, run.tokenizer, time.perf_counter() + 1.0
+    prompt = torch.from_numpy(tokenizer.encode(read_prompt(None, tokenizer))).long()  # (1,)
+    generator, written = torch.Generator().manual_seed(settings.seed), []  # not training's own
+    if run.rank == 0:
+        for new in generate(run.model, prompt[None], settings.sample_characters, generator, 0.8):
+            written.append(int(new))
+            if time.perf_counter() > end:
+                break
+    run.model.train()
+    return tokenizer.decode(written)
 
 
 # ---- The fold: a first reader goes on to generate_text.py here. What protects stands below. ------
@@ -276,7 +282,7 @@ def set_up_session(run: Trainer, device: torch.device) -> None:
     """Give a run what belongs to this process, on this device, and to no checkpoint."""
     run.rank, run.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     run.stop_signal, run.last_save, run.unsaved = 0, time.monotonic(), ""
-    run.network, run.number_format = run.model, torch.float32
+    run.number_format = torch.float32
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # what stays in 32 bits may use TF32
@@ -290,23 +296,42 @@ def set_up_session(run: Trainer, device: torch.device) -> None:
 
 def compile_and_spread(run: Trainer, wanted: str) -> None:
     """Compile the network, if wanted ("auto": on CUDA) and possible; spread it over processes."""
-    ids, settings = run.train_ids, run.settings
-    if wanted == "on" or (wanted == "auto" and ids.is_cuda):
-        run.network = torch.compile(run.model, dynamic=False)
-        starts = run.share(torch.zeros(settings.batch_size, dtype=torch.long, device=ids.device))
-        try:
-            with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
-                run.forward(get_batch(ids, starts, settings.block_size)[0]).sum().backward()
-        except (OSError, ImportError, *UNREADABLE) as error:
-            run.network = run.model
-            say(run, f"warning: the model cannot be compiled here: {reason(error)}")
-        run.model.zero_grad(set_to_none=True)
+    compiled = wanted == "on" or (wanted == "auto" and run.train_ids.is_cuda)
+    run.network = torch.compile(run.model, dynamic=False) if compiled else run.model
+    try:
+        rehearse(run)
+    except Exception as error:
+        if not compiled:
+            raise
+        say(run, f"warning: the model cannot be compiled here: {reason(error)}")
+        run.network = run.model
+        rehearse(run)
     if run.world_size > 1:
-        dist.init_process_group("nccl" if ids.is_cuda else "gloo")
+        dist.init_process_group("nccl" if run.train_ids.is_cuda else "gloo")
         run.group = dist.new_group(backend="gloo")  # for numbers that are not on a GPU
         run.network = nn.parallel.DistributedDataParallel(run.network)
         if run.rank > 0:  # the same dropout everywhere would waste the others' randomness
-            torch.manual_seed(settings.seed + run.step + run.rank)
+            torch.manual_seed(run.settings.seed + run.step + run.rank)
+
+
+def rehearse(run: Trainer) -> None:
+    """Estimate from a few steps, which change nothing, how many seconds the run will take."""
+    ids, settings, times = run.train_ids, run.settings, []
+    starts = run.share(torch.zeros(settings.batch_size, dtype=torch.long, device=ids.device))
+    with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
+        for _ in range(4):
+            begin = time.perf_counter()
+            inputs, targets = get_batch(ids, starts, settings.block_size)
+            logits = run.forward(inputs).flatten(0, 1)
+            loss = F.cross_entropy(logits, targets.flatten(), reduction="sum")
+            loss.backward()
+            loss.item()  # waits for a GPU
+            times.append(time.perf_counter() - begin)
+    run.model.zero_grad(set_to_none=True)
+    # Measuring costs a third of learning: nothing goes backward. The first step may have compiled.
+    measured = run.steps_per_epoch * len(run.val_ids) / len(ids) / 3
+    steps = run.total_steps - run.step + (settings.epochs - len(run.history)) * measured
+    run.estimate = steps * sorted(times[1:])[1]
 
 
 def over_all(run: Trainer, value: torch.Tensor, how: Any = dist.ReduceOp.SUM) -> Any:
@@ -341,9 +366,9 @@ def save_or_stop_if_due(run: Trainer) -> None:
         refuse_divergence(run, run.loss_sum.item())
     if stop_signal or due:
         save(run)
+    if stop_signal and run.unsaved:
+        raise UserError(f"stopped at step {run.step:,}, but not saved: {run.unsaved}")
     if stop_signal:
-        if run.unsaved:
-            raise UserError(f"stopped at step {run.step:,}, but not saved: {run.unsaved}")
         say(run, "stopped and saved; the same command with --resume behind it continues")
         raise SystemExit(128 + stop_signal)
 
@@ -357,33 +382,62 @@ def refuse_divergence(run: Trainer, loss: float) -> None:
 
 def save(run: Trainer) -> None:
     """Write log and checkpoint. A full disk must not end a night of training: it is only said."""
-    run.last_save = time.monotonic()
-    contents = {"format": FORMAT, "sizes": run.sizes, "vocabulary": run.vocabulary}
+    run.last_save, vocabulary = time.monotonic(), run.tokenizer.characters
+    contents = {"format": FORMAT, "sizes": run.sizes, "vocabulary": vocabulary}
     contents["parameters"] = run.best_parameters or dict(run.model.state_dict())
     if len(run.history) < run.settings.epochs:
         contents["training"] = run.state_dict()  # all processes take part in this
     if run.rank > 0:
         return
+    rows = ["epoch,step,train_loss,val_loss,seconds", *(str(r)[1:-1] for r in run.history), ""]
+    log, checkpoint = "\n".join(rows).replace(" ", "").encode("ascii"), io.BytesIO()
+    torch.save(contents, checkpoint)
     try:
         while run.older:  # files of another run
-            with open(run.older[0], "rb") as file:
-                write_whole(previous_name(run.older[0]), file.read())
-            say(run, f"kept what was there as {previous_name(run.older.pop(0))!a}")
+            keep_older(run, run.older[0], b"")
+            run.older.pop(0)
         if run.history:  # first: a resumed run writes it again, a finished one could not
-            write_whole(run.training_log, log_text(run.history))
-        file = io.BytesIO()
-        torch.save(contents, file)
-        write_whole(run.checkpoint, file.getbuffer())
+            keep_older(run, run.training_log, log)
+            write_whole(run.training_log, log)
+        write_whole(run.checkpoint, checkpoint.getbuffer())
         run.unsaved = ""
-    except (OSError, UserError) as error:
-        run.unsaved = reason(error)
+    except OSError as error:
+        run.unsaved = str(error)
         say(run, f"warning: not saved at step {run.step:,}: {run.unsaved}")
+    try:
+        if run.history and run.plot:
+            write_picture(run.plot, draw_losses, run)
+    except Exception as error:  # whatever it is, a picture must not end a run
+        say(run, f"warning: no picture at step {run.step:,}: {error}")
 
 
-def log_text(history: List[List[float]]) -> bytes:
-    """training_log.csv: a header and one row per finished epoch; losses in nats a character."""
-    rows = [",".join(map(repr, row[:4])) + f",{row[4]:.1f}" for row in history]
-    return "\n".join(["epoch,step,train_loss,val_loss,seconds", *rows, ""]).encode("ascii")
+def draw_losses(figure: Any, run: Trainer) -> None:
+    """The losses over the steps, beside what it costs to know nothing about the text, or only how
+    often each character occurs: the entropy of these shares.
+    """
+    _, steps, train, val, _ = zip(*run.history)
+    shares = torch.bincount(run.train_ids.cpu()).double() / len(run.train_ids)
+    blind, counting = math.log(run.tokenizer.vocab_size), torch.special.entr(shares).sum().item()
+    axes, end = figure.subplots(), run.total_steps
+    # The training loss is an average over its epoch, so its place is the middle of that.
+    middles = [step - run.steps_per_epoch / 2 for step in steps]
+    axes.plot(middles, train, "o-", markersize=4, label=f"training: {train[-1]:.3f}")
+    axes.plot(steps, val, "s-", markersize=4, label=f"validation: {val[-1]:.3f}")
+    for loss, name in ((blind, "guessing blindly"), (counting, "counting characters")):
+        axes.axhline(loss, color="gray", linestyle=":")
+        axes.text(end, loss, f"{name}: {loss:.3f}", ha="right", va="bottom")
+    axes.set(xlabel="step", xlim=(0, 1.02 * end), ylim=(0, 1.1 * max(blind, *train, *val)))
+    axes.set_ylabel("loss in nats per character")
+    axes.legend(loc="lower left")
+
+
+def keep_older(run: Trainer, path: str, new: bytes) -> None:
+    """Keep what is there as PATH.previous, unless `new` only continues it."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        older = file.read()
+        if not new.startswith(older):
+            write_whole(previous_name(path), older)
+            say(run, f"kept what was there as {previous_name(path)!a}")
 
 
 def previous_name(path: str) -> str:
@@ -391,97 +445,63 @@ def previous_name(path: str) -> str:
     return "{}.previous{}".format(*os.path.splitext(path))
 
 
-def write_whole(path: str, data: Any) -> None:
-    """Make `data` the file `path`, which is the old or the new one at any moment, even of a crash.
-
-    Raises UserError when the system refuses; then nothing of the new one stays behind.
-    """
-    part = f"{os.path.realpath(path)}.part"
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # on the disk before the name points to it
-        os.replace(part, os.path.realpath(path))
-    except OSError as error:
-        needed = f"{len(data) / 1e6:.1f} MB are needed in its folder"
-        raise UserError(f"cannot write {path!a}: {reason(error)}; {needed}") from error
-    finally:
-        with contextlib.suppress(OSError):  # it is gone if all went well
-            os.remove(part)
-
-
 def refuse_bad_names(paths: List[str], text: str, session: contextlib.ExitStack) -> None:
-    """Raise UserError for files that cannot be written, or that something else would replace."""
+    """Raise UserError for files that cannot be written, or that something else needs.
+
+    SQLite has locks for all systems, which end with the process, however it ends. Ours is on an
+    empty file among the temporary ones, so that the checkpoint can be read meanwhile.
+    """
     names = [text, *paths, *map(previous_name, paths), *map("{}.part".format, paths)]
     if len({os.path.realpath(name) for name in names}) < len(names):
-        raise UserError("--input, --checkpoint and --training_log must have names of their own")
+        raise UserError("--input, --checkpoint, --training_log and --plot need different names")
     for path in paths:
         if not path or (os.path.exists(path) and not os.path.isfile(path)):
             raise UserError(f"{path!a} is not a file and cannot be replaced by one; name another")
-        refuse_a_second_run(path, session)
-        write_whole(f"{path}.part", b"")  # raises UserError where nothing can be written
+        name = os.path.normcase(os.path.realpath(path)).encode("utf-8", "replace")
+        name = f"tiny_gpt_{hashlib.sha256(name).hexdigest()[:24]}.lock"
+        try:
+            lock = sqlite3.connect(os.path.join(tempfile.gettempdir(), name), timeout=0)
+            session.callback(lock.close)
+            lock.execute("BEGIN EXCLUSIVE")
+        except (OSError, sqlite3.OperationalError) as error:  # without locks, the run goes on
+            if "locked" in str(error):
+                hint = "wait for it, or name other files with --checkpoint and --training_log"
+                raise UserError(f"another run is writing {path!a}; {hint}") from error
+        write_whole(f"{path}.part", b"")  # raises OSError where nothing can be written
         os.remove(f"{path}.part")
-
-
-def refuse_a_second_run(path: str, session: contextlib.ExitStack) -> None:
-    """Raise UserError if another run writes to `path`. Where there are no locks, the run goes on.
-
-    SQLite has locks for all systems, which end with the session or the process, however it ends.
-    Ours is on an empty temporary file, so that the checkpoint can be read meanwhile.
-    """
-    name = hashlib.sha256(os.path.normcase(os.path.realpath(path)).encode("utf-8", "replace"))
-    try:
-        folder, name = tempfile.gettempdir(), f"tiny_gpt_{name.hexdigest()[:24]}.lock"
-        lock = sqlite3.connect(os.path.join(folder, name), timeout=0)
-        session.callback(lock.close)
-        lock.execute("BEGIN EXCLUSIVE")
-    except (OSError, sqlite3.OperationalError) as error:
-        if "locked" in str(error):
-            hint = "wait for it, or name other files with --checkpoint and --training_log"
-            raise UserError(f"another run is writing {path!a}; {hint}") from error
 
 
 def choose_settings(flags: Any, device: torch.device, saved: Any) -> Hyperparameters:
     """The preset, changed by the flags; on resume the saved settings, which no flag may change."""
-    given = {name: value for name, value in vars(flags).items() if hasattr(LAPTOP, name)}
     gpu = flags.preset == "gpu" or (flags.preset == "auto" and device.type != "cpu")
-    wanted = {**asdict(GPU if gpu else LAPTOP), **given}
-    if saved is None:
-        return Hyperparameters(**wanted)
-    settings, asked = Hyperparameters(**saved), given if flags.preset == "auto" else wanted
-    pairs = [(name, value, asked.get(name, value)) for name, value in asdict(settings).items()]
-    different = [
-        f"{name} is {value}, not {other}" for name, value, other in pairs if value != other
-    ]
+    preset = asdict(GPU if gpu else LAPTOP) if saved is None or flags.preset != "auto" else {}
+    wanted = {**preset, **{k: v for k, v in vars(flags).items() if hasattr(LAPTOP, k)}}
+    settings = Hyperparameters(**(wanted if saved is None else saved))
+    old = asdict(settings)
+    different = ", ".join(f"{k} is {old[k]}, not {v}" for k, v in wanted.items() if old[k] != v)
     if different:
-        hint = "leave these flags out, or start anew without --resume"
-        raise UserError(f"it has other settings ({', '.join(different)}); {hint}")
+        raise UserError(f"its settings differ ({different}); leave out these flags, or --resume")
     return settings
 
 
-def resume(run: Trainer, best: Dict[str, Any], vocabulary: str, state: Dict[str, Any]) -> None:
-    """Continue the run that left `state` and the parameters `best`. Raises UserError if forged."""
-    if state["text"] != run.text or vocabulary != run.vocabulary:
+def resume(run: Trainer, best: TinyGPT, vocabulary: str, state: Dict[str, Any]) -> None:
+    """Continue the run that left `state` and the parameters of `best`, or raise UserError."""
+    if state["text"] != run.text or vocabulary != run.tokenizer.characters:
         raise UserError("it learns from another text; name that one with --input")
-    expected, history = run.state_dict(), state["history"]
-    fit = all(type(state[k]) is type(v) for k, v in expected.items() if k != "random_cuda")
-    fit = fit and all(type(row) is list and len(row) == 5 for row in history)
-    fit = fit and len(history) < run.settings.epochs and state["random"].numel() < 10_000
-    numbers = [state["seconds"], state["loss_sum"], *state["scaler"].values()] if fit else [None]
-    fit = all(type(x) in (int, float) and abs(x) < 1e15 for row in [numbers, *history] for x in row)
-    if (
-        not fit
-        or not 0 <= state["step"] - len(history) * run.steps_per_epoch <= run.steps_per_epoch
-    ):
-        raise UserError("its parts do not fit together")
-    check_tensors("best parameters", best, expected["parameters"])
-    check_tensors("parameters", state["parameters"], best)
-    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    for index, one in enumerate(parameters if state["optimizer"] else []):
-        like = {"step": torch.zeros(()), "exp_avg": one, "exp_avg_sq": one}
-        check_tensors("optimizer", state["optimizer"][index], like)
-    run.load_state_dict(state, best)
+    like, finished = run.state_dict(), len(state["history"])
+    like["random_cuda"] = state["random_cuda"]  # of a GPU, which need not be here
+    like["scaler"] = {k: 1 if type(v) is int else 1.0 for k, v in state["scaler"].items()}
+    like["history"] = [[1, 1, 1.0, 1.0, 1.0]] * finished
+    if state["optimizer"]:
+        groups = run.optimizer.param_groups
+        parameters = [p.detach() for group in groups for p in group["params"]]
+        averages = [{"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for p in parameters]
+        like["optimizer"] = dict(enumerate(averages))
+    check_like("unfinished run", state, like)
+    this_epoch = state["step"] - finished * run.steps_per_epoch
+    if finished >= run.settings.epochs or not 0 <= this_epoch <= run.steps_per_epoch:
+        raise UserError("its counts of steps and epochs do not fit together")
+    run.load_state_dict(state, dict(best.state_dict()))
 
 
 def prepare(flags: argparse.Namespace) -> Trainer:
@@ -500,49 +520,41 @@ def prepare(flags: argparse.Namespace) -> Trainer:
         torch.manual_seed(settings.seed)  # for initialisation and dropout
         run = Trainer(settings, *load_text(flags.input), device)
         if flags.resume:
-            resume(run, dict(best.state_dict()), vocabulary, state)
-    except UNREADABLE as error:  # UserError is among them
-        if not flags.resume:
-            raise
-        raise UserError(f"cannot resume {flags.checkpoint!a}: {reason(error)}") from error
-    run.checkpoint, run.training_log = flags.checkpoint, flags.training_log
-    # What a save would replace, except what this very run, if it is resumed, wrote.
-    run.older = [path for path in (run.checkpoint, run.training_log) if os.path.exists(path)]
-    if flags.resume:
-        run.older.remove(run.checkpoint)
-        with contextlib.suppress(OSError), open(run.training_log, "rb") as file:
-            present, ours = file.read(), log_text(run.history)
-            run.older = [] if present.startswith(ours) or ours.startswith(present) else run.older
+            resume(run, best, vocabulary, state)
+    except Exception as error:  # a forged run can raise anything
+        if flags.resume:
+            raise UserError(f"cannot resume {flags.checkpoint!a}: {reason(error)}") from error
+        raise
+    run.checkpoint, run.training_log, run.plot = flags.checkpoint, flags.training_log, flags.plot
+    run.older = [] if flags.resume else [path for path in (run.checkpoint, run.plot) if path]
     compile_and_spread(run, flags.compile)
-    V, train, val = len(run.vocabulary), len(run.train_ids), len(run.val_ids)
+    V, train, val = run.tokenizer.vocab_size, len(run.train_ids), len(run.val_ids)
     parameters = sum(p.numel() for p in run.model.parameters())
     say(run, f"device    {device} ({why}), {str(run.number_format)[6:]} matrix products")
-    say(
-        run, f"text      {V} different characters; blind guessing costs {math.log(V):.4f} nats each"
-    )
+    say(run, f"text      {V} different characters; guessing blindly costs {math.log(V):.4f} nats")
     say(run, f"split     {train:,} characters to learn from, {val:,} to measure on")
     say(run, f"model     {parameters:,} parameters, from {run.step:,} steps of training")
     say(run, f"training  {settings.epochs} epochs of {run.steps_per_epoch:,} steps")
+    say(run, f"time      about {tqdm.format_interval(run.estimate)}, as measured on three steps")
     return run
 
 
 def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     """The flags of `python train_model.py`, one for every setting among them."""
     parser = Parser("train_model.py", description="Train TinyGPT on a text.", allow_abbrev=False)
-    add, file = parser.add_argument, {"metavar": "FILE"}
-    add("--input", default="input.txt", help="the text (%(default)s)", **file)
-    add("--checkpoint", default="tiny_gpt_model.pth", help="the model (%(default)s)", **file)
-    add("--training_log", default="training_log.csv", help="the losses (%(default)s)", **file)
-    devices, presets, modes = (
-        ["auto", "cpu", "cuda", "mps"],
-        ["auto", "laptop", "gpu"],
-        ["on", "off"],
-    )
-    add("--device", default="auto", choices=devices, help="auto: a CUDA GPU if it works")
-    add("--preset", default="auto", choices=presets, help="settings to begin with, by the device")
-    how = {"nargs": "?", "const": "on", "default": "auto", "choices": ["auto", *modes]}
-    add("--compile", help="compile the model; auto: on a GPU", **how)
-    add("--resume", action="store_true", help="continue the run in the checkpoint")
+    for flag, default, choices, text in (
+        ("input", "input.txt", None, "the text to learn"),
+        ("checkpoint", "tiny_gpt_model.pth", None, "the model"),
+        ("training_log", "training_log.csv", None, "the losses of each epoch"),
+        ("plot", None, None, "a picture of the losses to draw after each epoch (matplotlib)"),
+        ("device", "auto", ["auto", "cpu", "cuda", "mps"], "auto: a CUDA GPU if it works"),
+        ("preset", "auto", ["auto", "laptop", "gpu"], "settings to begin with, by the device"),
+    ):
+        text = f"{text} ({default})" if default and not choices else text
+        parser.add_argument(f"--{flag}", default=default, choices=choices, help=text)
+    how = {"nargs": "?", "const": "on", "default": "auto", "choices": ["auto", "on", "off"]}
+    parser.add_argument("--compile", help="compile the model; auto: on a GPU", **how)
+    parser.add_argument("--resume", action="store_true", help="continue the run in the checkpoint")
     group = parser.add_argument_group("settings (laptop / GPU)", argument_default=argparse.SUPPRESS)
     for one in fields(Hyperparameters):
         text = f"{one.metadata['help']} ({one.default} / {one.metadata['gpu']})"
@@ -555,10 +567,13 @@ def main(argv: Optional[List[str]] = None) -> None:
     flags = parse(argv)
     with contextlib.ExitStack() as session:
         if os.environ.get("RANK", "0") == "0":
-            refuse_bad_names([flags.checkpoint, flags.training_log], flags.input, session)
+            pictures = [] if flags.plot is None else [flags.plot]
+            for path in pictures:
+                write_picture(path)  # a trial, before anything else is done
+            names = [flags.checkpoint, flags.training_log, *pictures]
+            refuse_bad_names(names, flags.input, session)
         run = prepare(flags)
-        # One bar over the whole run: its time left says how long it takes. Where stderr is no
-        # terminal there is none (None), and the line per epoch has to do.
+        # One bar over the whole run. Where stderr is no terminal, there is none (None).
         bar = tqdm(initial=run.step, total=run.total_steps, disable=True if run.rank else None)
         run.bar = session.enter_context(bar)
         note_signals(run, session)

@@ -1,47 +1,87 @@
-"""What several test files share: texts, calls of `main`, processes, and faults at a given step."""
+"""What several test files share: texts, models, calls of `main`, processes, faults on demand."""
 
 import contextlib
 import io
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
 import tempfile
+import traceback
+import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import NamedTuple
 from unittest import mock
 
+import pytest
+import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import train_model
 from hyperparameters import end_with_a_sentence
+from model_architecture import TinyGPT
+
+try:
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+except ImportError:  # then the tests that need it are skipped
+
+    def given(*_, **__):
+        return pytest.mark.skip("needs hypothesis")
+
+    settings, st = mock.MagicMock(return_value=lambda test: test), mock.MagicMock()
+
+__all__ = ["given", "settings", "st"]  # what others take from here without its being used here
 
 ROOT = Path(__file__).resolve().parent.parent
-POSIX = os.name == "posix"
 DEADLINE = 120  # seconds; far more than anything here takes
+needs_posix = pytest.mark.skipif(os.name != "posix", reason="needs fork and signals")
 
 # On a CPU the same run has the same bits, and a process that has trained can fork.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+LETTERS = "\n !Eabcdelnorst"  # 15, the vocabulary of a model that only writes
+
 # A model that trains in a tenth of a second: 9 steps an epoch over the text below, the last of
 # them with a single sequence.
 SIZES = "--n_embd 16 --n_head 2 --n_layer 1 --block_size 16 --batch_size 8".split()
+SIZES += ["--sample_characters", "0"]
 STEPS = 9
 FILES = "--input text.txt --checkpoint model.pth --training_log log.csv".split()
 TINY = [*FILES, *SIZES, "--epochs", "2"]
 RESUME = [*FILES, "--resume"]
 
 
-def make_text(length: int = 1_180, seed: int = 0) -> str:
+def make_text(length=1_180):
     """Words of a language with a vocabulary of forty, all of them letters of the first eight."""
-    rng = random.Random(seed)
+    rng = random.Random(0)
     words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(40)]
     return " ".join(rng.choices(words, k=length // 3))[:length]
 
 
+def tiny_model(vocab_size=15, **sizes):
+    """A small TinyGPT in eval mode, every parameter random: untrained, a block does nothing, all
+    scores are equal, and what is wrong in it could not be seen.
+    """
+    sizes = {"block_size": 8, "n_embd": 16, "n_head": 2, "n_layer": 2, "dropout": 0.0, **sizes}
+    model, generator = TinyGPT(vocab_size, **sizes), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+    model.sizes = sizes
+    return model.eval()
+
+
+def write_checkpoint(path, model, vocabulary, **training):
+    """Save as train_model.py does: the finished model, or beside it what a run left behind."""
+    contents = {"format": 2, "sizes": model.sizes, "vocabulary": vocabulary, **training}
+    torch.save({**contents, "parameters": dict(model.state_dict())}, str(path))
+
+
 @contextlib.contextmanager
-def working_in(folder: Path) -> Iterator[Path]:
+def working_in(folder):
     """Inside, `folder` is the current directory, with a text in it; locks are kept elsewhere."""
     before = os.getcwd()
     folder.mkdir(exist_ok=True)
@@ -55,20 +95,20 @@ def working_in(folder: Path) -> Iterator[Path]:
         yield folder
 
 
-def contents(folder: Path) -> Dict[str, Optional[bytes]]:
+def contents(folder):
     """Every file in `folder` with its bytes, every folder in it with None."""
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
     return {name: None if path.is_dir() else path.read_bytes() for name, path in paths.items()}
 
 
-def log_rows(path: str = "log.csv") -> List[List[str]]:
+def log_rows(path="log.csv"):
     """The rows of a training log without the seconds, which no two runs share."""
     header, *rows = Path(path).read_text(encoding="ascii").splitlines()
     assert header == "epoch,step,train_loss,val_loss,seconds"
     return [row.split(",")[:4] for row in rows]
 
 
-def results(checkpoint: str = "model.pth", training_log: str = "log.csv") -> Tuple[bytes, Any]:
+def results(checkpoint="model.pth", training_log="log.csv"):
     """What a run leaves: the bytes of its checkpoint, the rows of its log."""
     return Path(checkpoint).read_bytes(), log_rows(training_log)
 
@@ -80,70 +120,99 @@ class Outcome(NamedTuple):
     out: str
     err: str
 
-    def sentence(self) -> str:
+    def sentence(self):
         """The one ASCII line that must be all of stderr when the status is 2."""
-        assert self.status == 2, self
-        assert self.err.isascii(), self.err
-        assert self.err.startswith("error: "), self.err
-        assert self.err.count("\n") == 1, self.err
-        assert self.err.endswith("\n"), self.err
+        assert self.status == 2 and self.err.isascii() and self.err.startswith("error: "), self
+        assert self.err.count("\n") == 1 and self.err.endswith("\n"), self
         return self.err[:-1]
 
 
-def call(main: Callable, argv: List[str], stdin: bytes = b"") -> Outcome:
+def call(main, argv, stdin=b""):
     """`main(argv)` as its script would call it, in this process, with its output caught."""
-    out, err, before = io.StringIO(), io.StringIO(), sys.stdin
-    sys.stdin = io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
+    out, err = io.StringIO(), io.StringIO()
+    typed = io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = end_with_a_sentence(main, argv, lower="the settings")
+            with mock.patch("sys.stdin", typed):
+                status = end_with_a_sentence(main, argv, lower="the settings")
     except SystemExit as end:
         status = end.code or 0
-    finally:
-        sys.stdin = before
     return Outcome(status, out.getvalue(), err.getvalue())
 
 
-def train(*argv: str) -> Outcome:
+def train(*argv):
     """Train in this process."""
     return call(train_model.main, list(argv))
 
 
-def python(
-    *command: Any, folder: Path, stdin: Any = subprocess.DEVNULL, **environment: str
-) -> subprocess.Popen:
+def python(*command, folder, stdin=subprocess.DEVNULL, **environment):
     """Start `python COMMAND` in `folder`, with one thread: so sums have the same last digit."""
     plain = {k: v for k, v in os.environ.items() if k not in ("PYTHONIOENCODING", "PYTHONUTF8")}
     one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=folder,
-        env={**plain, **one, **environment},
-        stdin=stdin,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    files = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, *map(str, command)]
+    return subprocess.Popen(command, cwd=folder, env={**plain, **one, **environment}, **files)
 
 
-def outcome(process: subprocess.Popen) -> Outcome:
-    """Wait for the process to end; kill it if it hangs."""
+def outcome(process):
+    """Wait for the process to end; end it if it hangs."""
     try:
         out, err = process.communicate(timeout=DEADLINE)
     except subprocess.TimeoutExpired:
-        process.terminate()  # as torchrun needs it, to end the processes that it started
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=60)
-        process.kill()
+        process.terminate()  # not kill: torchrun ends the processes that it started
         raise
     return Outcome(process.returncode, out.decode("utf-8"), err.decode("utf-8"))
 
 
+def fork(action):
+    """Start a copy of this process, which calls `action` for its exit status. It cannot hang."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of NumPy's threads, which wait for nothing
+        process = os.fork()
+    if process == 0:
+        status = 99
+        try:
+            signal.alarm(DEADLINE)
+            status = action()
+        except Exception:
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
+    return process
+
+
+def ended(process):
+    """The exit status of a copy; below zero, the signal that killed it."""
+    status = os.waitpid(process, 0)[1]
+    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def fork_script(name, *argv, out, err, before=lambda: None):
+    """Start a script in a copy: as `python NAME ARGV`, but without seconds of imports."""
+
+    def run():
+        sys.argv = [name, *map(str, argv)]
+        for number, stream in ((1, "stdout"), (2, "stderr")):
+            os.dup2({1: out, 2: err}[number], number)
+            setattr(sys, stream, open(number, "w", closefd=False))
+        before()
+        try:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as end:
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.flush()  # as Python does at its end
+            return end.code
+
+    return fork(run)
+
+
 @contextlib.contextmanager
-def at_step(number: int, *actions: Any) -> Iterator[None]:
+def at_step(number, *actions):
     """Inside, after that many optimizer steps, actions are called and signals raised."""
     taken = 0
 
-    def count(*_: Any) -> None:
+    def count(*_):
         nonlocal taken
         taken += 1
         for action in actions if taken == number else ():
@@ -157,7 +226,7 @@ def at_step(number: int, *actions: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def limited(memory: int = 0, file: int = 0) -> Iterator[None]:
+def limited(memory=0, file=0):
     """Inside, this process may use `memory` bytes more than now, and write files of `file` bytes.
 
     A file that grows larger fails as on a full disk. Memory is limited on Linux only.

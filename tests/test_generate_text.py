@@ -7,17 +7,15 @@ import re
 import signal
 import subprocess
 
+import helpers
 import pytest
 import torch
-from conftest import write_checkpoint
-from helpers import ROOT, call, outcome, python
-from optional_hypothesis import given, st
+from helpers import LETTERS, ROOT, call, given, st, tiny_model, write_checkpoint
 
 from data_handling import CharTokenizer
 from generate_text import generate, main, next_probabilities, write_samples
 from model_architecture import TinyGPT
 
-SCRIPT = str(ROOT / "generate_text.py")
 KNOWN = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.7, 0.1, 0.1, 0.1]])
 ONE_HOT = torch.tensor([[0.0, 1, 0, 0], [1, 0, 0, 0]])
 FINITE = st.floats(-(2.0**100), 2.0**100, width=32)
@@ -31,20 +29,11 @@ def close(one, other, tolerance=1e-6):
 # ---- Logits become probabilities ---------------------------------------------------------------
 
 
-def test_at_temperature_1_the_probabilities_are_the_models_and_at_0_all_is_on_the_best():
-    assert close(next_probabilities(KNOWN.log()), KNOWN)
-    assert torch.equal(next_probabilities(KNOWN.log(), 0), ONE_HOT.double())
-
-
-def test_half_the_temperature_squares_the_odds():
-    for temperature, power in ((0.5, 2), (2, 0.5), (0.25, 4)):
+def test_the_temperature_sets_the_odds_and_0_puts_all_on_the_best():
+    for temperature, power in ((1, 1), (0.5, 2), (2, 0.5), (0.25, 4)):
         expected = KNOWN**power / (KNOWN**power).sum(dim=-1, keepdim=True)
         assert close(next_probabilities(KNOWN.log(), temperature), expected)
-
-
-def test_top_k_keeps_the_k_likeliest():
-    two = torch.tensor([[0, 2 / 3, 0, 1 / 3]])
-    assert close(next_probabilities(KNOWN[:1].log(), top_k=2), two)
+    assert torch.equal(next_probabilities(KNOWN.log(), 0), ONE_HOT.double())
 
 
 def test_top_p_keeps_the_fewest_that_reach_p_in_each_row_of_a_batch():
@@ -58,19 +47,18 @@ def test_top_p_keeps_the_fewest_that_reach_p_in_each_row_of_a_batch():
     assert next_probabilities(torch.zeros(1, 4), top_p=0.5).tolist() == [[0.5, 0.5, 0, 0]]
 
 
-def test_top_p_counts_what_top_k_and_temperature_left():
-    # The two best of the first row, 0.5 and 0.25, are 2/3 and 1/3 of what is left.
+def test_top_k_keeps_the_k_likeliest_and_top_p_counts_what_it_and_temperature_left():
+    two = torch.tensor([[0, 2 / 3, 0, 1 / 3]])
+    assert close(next_probabilities(KNOWN[:1].log(), top_k=2), two)
     assert close(next_probabilities(KNOWN[:1].log(), top_k=2, top_p=0.6), ONE_HOT[:1])
     # At temperature 1/2 the best alone has 0.5**2 / 0.345 = 0.72.
     assert close(next_probabilities(KNOWN[:1].log(), 0.5, top_p=0.7), ONE_HOT[:1])
 
 
-@given(
-    LOGITS,
-    st.one_of(st.sampled_from([0.0, 5e-324, 1e-300, 1e-9, 1000.0]), st.floats(0, 1000)),
-    st.integers(0, 12),
-    st.floats(1e-9, 1),
-)
+TEMPERATURES = st.sampled_from([0.0, 5e-324, 1e-300, 1e-9, 1000.0]) | st.floats(0, 1000)
+
+
+@given(LOGITS, TEMPERATURES, st.integers(0, 12), st.floats(1e-9, 1))
 def test_whatever_the_settings_every_row_is_a_distribution(logits, temperature, top_k, top_p):
     before = logits.clone()
     probabilities = next_probabilities(logits, temperature, top_k, top_p)
@@ -112,7 +100,7 @@ def greedy_without_cache(model, prompt, count):
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 8])
-def test_greedy_text_is_the_same_without_the_cache_and_alone_or_in_a_batch(tiny_model, block_size):
+def test_greedy_text_is_the_same_without_the_cache_and_alone_or_in_a_batch(block_size):
     model = tiny_model(block_size=block_size)
     for length in (1, 5, 8, 9, 30):
         prompt = torch.randint(14, (3, length), generator=torch.Generator().manual_seed(length))
@@ -120,16 +108,13 @@ def test_greedy_text_is_the_same_without_the_cache_and_alone_or_in_a_batch(tiny_
         assert torch.equal(ids_of(model, prompt, 30, temperature=0), expected)
         assert torch.equal(ids_of(model, prompt[1:2], 30, seed=1, top_k=1), expected[1:2])
         assert expected.unique().numel() > 1 or block_size == 1  # no single repeated letter
-
-
-def test_each_new_character_costs_one_position_until_the_window_is_full(tiny_model):
-    model, sizes = tiny_model(block_size=8), []
+    sizes = []  # each new character costs one position, until the window is full
     model.register_forward_pre_hook(lambda _, arguments: sizes.append(arguments[0].shape[1]))
-    ids_of(model, torch.zeros(1, 3, dtype=torch.long), 20)
-    assert sizes == [3, *[1] * 5, 4, *[1] * 4, 4, *[1] * 4, 4, *[1] * 3]
+    ids_of(model, prompt[:, :3], 20)
+    assert block_size < 8 or sizes == [3, *[1] * 5, 4, *[1] * 4, 4, *[1] * 4, 4, *[1] * 3]
 
 
-def test_the_text_follows_from_the_seed_and_no_other_randomness(tiny_model):
+def test_the_text_follows_from_the_seed_and_no_other_randomness():
     model, prompt = tiny_model(dropout=0.5).train(), torch.tensor([[1]])
     text = ids_of(model, prompt, 60, seed=5)
     torch.manual_seed(2)
@@ -139,17 +124,15 @@ def test_the_text_follows_from_the_seed_and_no_other_randomness(tiny_model):
     assert not torch.equal(ids_of(model, prompt, 60, seed=6), text)
 
 
-def test_each_character_is_shown_as_soon_as_it_is_drawn(tiny_model, letters):
-    written, lengths = io.BytesIO(), []
-    endless = generate(tiny_model(), torch.zeros(2, 3).long(), 10**9, torch.Generator())
-
+def test_each_character_is_shown_as_soon_as_it_is_drawn():
     def watched():
         for _ in range(3):
             lengths.append(len(written.getvalue()))
-            yield next(endless)
+            yield torch.tensor([7, 8])
 
+    written, lengths = io.BytesIO(), []
     with contextlib.redirect_stdout(io.TextIOWrapper(written, newline="\n")):
-        write_samples(CharTokenizer(letters), "rose", watched(), 2)
+        write_samples(CharTokenizer(LETTERS), "rose", watched(), 2)
     assert lengths == [4, 5, 6]
 
 
@@ -181,12 +164,12 @@ def write(checkpoint):
     return run
 
 
-def test_stdout_holds_the_prompt_what_generate_makes_and_a_line_end(write, tiny_model, letters):
+def test_stdout_holds_the_prompt_what_generate_makes_and_a_line_end(write):
     flags = ["--max_new_tokens", "70", "--seed", "9", "--top_k", "5", "--top_p", "0.9"]
     done = write("--prompt", "rose", *flags)
-    prompt = torch.tensor([[letters.index(character) for character in "rose"]])
+    prompt = torch.tensor([[LETTERS.index(character) for character in "rose"]])
     ids = ids_of(tiny_model(), prompt, 70, seed=9, temperature=0.8, top_k=5, top_p=0.9)
-    assert done == (0, "rose" + "".join(letters[i] for i in ids[0]) + "\n", "")
+    assert done == (0, "rose" + "".join(LETTERS[i] for i in ids[0]) + "\n", "")
 
 
 def test_without_flags_500_characters_follow_a_line_end_and_stderr_tells_the_seed(write):
@@ -197,9 +180,8 @@ def test_without_flags_500_characters_follow_a_line_end_and_stderr_tells_the_see
     assert not out.startswith(write("--max_new_tokens", "50").out[:-1])
 
 
-@pytest.mark.parametrize("length", [0, 40])
-def test_samples_are_written_one_after_the_other(write, length):
-    for count in (1, 2, 5):
+def test_samples_are_written_one_after_the_other(write):
+    for count, length in ((1, 0), (5, 0), (1, 40), (2, 40), (5, 40)):
         flags = ["--num_samples", str(count), "--max_new_tokens", str(length)]
         samples = re.split(r"^-+\n", write("--prompt", "rose", *flags).out, flags=re.MULTILINE)
         assert len(samples) == count and (len(set(samples)) == count or length == 0)
@@ -214,7 +196,7 @@ def test_a_prompt_longer_than_the_window_is_printed_whole_though_only_its_end_ma
     assert long == "a rose also " + short and len(short) == 8 + 30 + 1
 
 
-def test_a_prompt_can_come_from_stdin_and_be_empty(write, tmp_path, tiny_model):
+def test_a_prompt_can_come_from_stdin_and_be_empty(write, tmp_path):
     for typed in (b"to\r\nbe", b"\xef\xbb\xbfto\nbe", b"to\rbe"):
         out = write("--prompt", "-", "--max_new_tokens", "5", typed=typed).out
         assert out.startswith("to\nbe") and len(out) == 5 + 5 + 1
@@ -233,21 +215,15 @@ def test_a_prompt_that_the_model_cannot_read_is_refused(write):
     assert "UTF-8 at byte 4" in write("--prompt", "-", typed=b"rose\xff").sentence()
 
 
-def test_a_checkpoint_that_is_missing_or_not_ours_is_refused(write, tmp_path, tiny_model):
-    text, mute = tmp_path / "text.pth", tmp_path / "mute.pth"
-    text.write_text("not a model", encoding="utf-8")
+def test_a_checkpoint_that_cannot_write_is_refused(write, tmp_path):
+    mute, huge, model = tmp_path / "mute.pth", tmp_path / "huge.pth", tiny_model()
     with pytest.warns(UserWarning):  # of PyTorch, about a model without characters
         write_checkpoint(mute, tiny_model(0), "")
-    assert "train a model first" in write("--checkpoint", str(tmp_path / "none.pth")).sentence()
-    for path in (tmp_path, text, mute, text / "below", "n" * 300):
-        assert "is not a usable checkpoint" in write("--checkpoint", str(path)).sentence()
-
-
-def test_a_model_whose_numbers_overflow_is_no_traceback(write, tmp_path, tiny_model, letters):
-    model = tiny_model()
-    torch.nn.init.constant_(model.unembedding.weight, 3e38)
-    write_checkpoint(tmp_path / "huge.pth", model, letters)
-    assert write("--checkpoint", str(tmp_path / "huge.pth")).status in (0, 2)
+    for path in (tmp_path / "none.pth", tmp_path, mute):
+        assert path.name in write("--checkpoint", str(path)).sentence()
+    torch.nn.init.constant_(model.unembedding.weight, 3e38)  # its numbers overflow
+    write_checkpoint(huge, model, LETTERS)
+    assert write("--checkpoint", str(huge)).status in (0, 2)
 
 
 def test_an_impossible_flag_is_refused_by_its_name_and_help_explains_all(write):
@@ -269,13 +245,12 @@ def test_an_impossible_flag_is_refused_by_its_name_and_help_explains_all(write):
 # ---- As a process, from another folder ---------------------------------------------------------
 
 
-def test_stdin_and_stdout_hold_the_text_alone_whatever_the_code_page_lacks(tmp_path, tiny_model):
+def test_stdin_and_stdout_hold_the_text_alone_whatever_the_code_page_lacks(tmp_path):
     symbols, path = "\nae\u00e4\u20ac\u4e2d\U0001f600", str(tmp_path / "symbols.pth")
     write_checkpoint(path, tiny_model(len(symbols)), symbols)
     flags = ["--checkpoint", path, "--max_new_tokens", "200", "--prompt"]
-    process = python(
-        SCRIPT, *flags, "-", folder=tmp_path, stdin=subprocess.PIPE, PYTHONIOENCODING="cp1252"
-    )
+    typing = {"stdin": subprocess.PIPE, "PYTHONIOENCODING": "cp1252"}
+    process = helpers.python(ROOT / "generate_text.py", *flags, "-", folder=tmp_path, **typing)
     out, err = process.communicate("a\u20ac".encode("utf-8"))
     (seed,) = re.fullmatch(r"seed (\d+)\s+", err.decode("ascii")).groups()
     text = call(main, [*flags, "a\u20ac", "--seed", seed]).out
@@ -283,13 +258,14 @@ def test_stdin_and_stdout_hold_the_text_alone_whatever_the_code_page_lacks(tmp_p
     assert out.replace(b"\r\n", b"\n") == text.encode("cp1252", "replace")  # with question marks
 
 
-@pytest.mark.skipif(os.name != "posix", reason="POSIX only")
+@helpers.needs_posix
 def test_an_endless_text_ends_when_nobody_wants_more(checkpoint, tmp_path):
     flags = ["--checkpoint", checkpoint, "--max_new_tokens", 10**9, "--seed", 1]
-    left, stopped = (python(SCRIPT, *flags, folder=tmp_path) for _ in range(2))
-    assert len(left.stdout.read(100)) == len(stopped.stdout.read(100)) == 100
-    left.stdout.close()
-    stopped.send_signal(signal.SIGINT)
-    with left:
-        assert (left.stderr.read(), left.wait()) == (b"", 0)
-    assert outcome(stopped)[::2] == (130, "")
+    for stopped_by in (signal.SIGINT, None):
+        (read, write), err = os.pipe(), os.open(tmp_path / "err", os.O_CREAT | os.O_WRONLY)
+        page, started = open(read, "rb"), {"out": write, "err": err}
+        process = helpers.fork_script("generate_text.py", *flags, **started, before=page.close)
+        assert len(page.read(100)) == 100
+        os.kill(process, stopped_by) if stopped_by else page.close()
+        assert helpers.ended(process) == (130 if stopped_by else 0)
+        assert (tmp_path / "err").read_bytes() == b""

@@ -14,12 +14,11 @@ import zlib
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_checkpoint
-from helpers import call
+from helpers import LETTERS, ROOT, call, limited, tiny_model, write_checkpoint
 
 import model_architecture as chapter
 from generate_text import choose_device
-from hyperparameters import GPU, Hyperparameters, UserError
+from hyperparameters import Hyperparameters, UserError
 from model_architecture import KVCache, TinyGPT, load_checkpoint, make_rope
 
 
@@ -35,7 +34,7 @@ def some(*shape, below=14):
 # ---- The model ---------------------------------------------------------------------------------
 
 
-def attention_of(n_embd, n_head, T):
+def random_attention(n_embd, n_head, T):
     """Random attention, a random batch of inputs for it, and the angles it needs."""
     torch.manual_seed(0)
     attention = chapter.MultiHeadAttention(n_embd, n_head)
@@ -46,23 +45,16 @@ def test_attention_weights_equal_a_hand_computation():
     # D = 4, so scores are dot products divided by 2. The second query scores ln 3 and 0: weights
     # 3/4 and 1/4. The first sees itself alone, whatever the second key says.
     queries = torch.tensor([[[[5.0, 5, 5, 5], [2 * math.log(3), 0, 0, 0]]]])
-    keys = torch.tensor([[[[1.0, 0, 0, 0], [0, 9, 9, 9]]]])
-    assert close(chapter.attention_weights(queries, keys), torch.tensor([[[[1, 0], [0.75, 0.25]]]]))
-
-
-def test_attention_weights_are_a_causal_triangle_whose_rows_sum_to_1():
-    torch.manual_seed(0)
-    queries, keys = torch.randn(2, 3, 2, 7, 4)
+    keys, expected = torch.tensor([[[[1.0, 0, 0, 0], [0, 9, 9, 9]]]]), [[[[1, 0], [0.75, 0.25]]]]
     weights = chapter.attention_weights(queries, keys)
-    assert close(weights.sum(dim=-1), torch.ones(3, 2, 7))
-    assert ((weights > 0) == torch.ones(7, 7, dtype=torch.bool).tril()).all()
-    for T in range(1, 7):  # fewer queries than keys are the last ones
-        assert close(chapter.attention_weights(queries[..., -T:, :], keys), weights[..., -T:, :])
+    assert close(weights, torch.tensor(expected))
+    # Fewer queries than keys are the last ones.
+    assert close(chapter.attention_weights(queries[:, :, 1:], keys), weights[:, :, 1:])
 
 
 @pytest.mark.parametrize("n_embd, n_head, T", [(16, 2, 8), (2, 1, 3), (24, 4, 1), (12, 3, 17)])
 def test_attention_equals_plain_arithmetic_and_pytorchs(n_embd, n_head, T):
-    attention, x, rope = attention_of(n_embd, n_head, T)
+    attention, x, rope = random_attention(n_embd, n_head, T)
     queries, keys, values = attention.project(x, rope)
     mixture = torch.zeros_like(values)
     for t in range(T):  # one position at a time
@@ -76,7 +68,7 @@ def test_attention_equals_plain_arithmetic_and_pytorchs(n_embd, n_head, T):
 
 
 def test_scores_of_equal_contents_depend_on_their_distance_and_not_on_their_place_or_length():
-    attention, x, rope = attention_of(16, 2, 12)
+    attention, x, rope = random_attention(16, 2, 12)
     x = x[:, :1].expand(-1, 12, -1)
     queries, keys, values = attention.project(x, rope)
     scores = queries @ keys.transpose(-2, -1)
@@ -95,7 +87,7 @@ def test_rope_turns_every_arrow_and_keeps_its_length():
     assert close(b, 4 * (t / 100).cos()) and close(d, 4 * (t / 100).sin())
 
 
-def test_a_causal_convolution_equals_a_naive_loop_and_pytorchs_with_and_without_a_cache():
+def test_a_causal_convolution_equals_a_naive_loop_with_and_without_a_cache():
     torch.manual_seed(0)
     convolution, x = chapter.CausalConvolution(5), torch.randn(2, 9, 5)
     assert torch.equal(convolution(x), x)  # untrained, it changes nothing
@@ -105,9 +97,6 @@ def test_a_causal_convolution_equals_a_naive_loop_and_pytorchs_with_and_without_
         for back in range(1, min(3, t) + 1):
             expected[:, t] += convolution.weight.detach()[3 - back] * x[:, t - back]
     assert close(convolution(x), expected)
-    kernel = torch.cat((convolution.weight, torch.ones(1, 5))).t()[:, None]  # (C, 1, 4)
-    pytorchs = F.conv1d(F.pad(x.transpose(1, 2), (3, 0)), kernel, groups=5)
-    assert close(convolution(x), pytorchs.transpose(1, 2))
     for pieces in ([1] * 9, [2, 1, 4, 2], [9]):
         cache, found = KVCache(), []
         for piece in x.split(pieces, dim=1):
@@ -116,12 +105,11 @@ def test_a_causal_convolution_equals_a_naive_loop_and_pytorchs_with_and_without_
         assert close(torch.cat(found, dim=1), expected), pieces
 
 
-def test_feed_forward_treats_every_position_on_its_own():
+def test_feed_forward_squares_what_is_positive():
     torch.manual_seed(0)
     feed_forward, x = chapter.FeedForward(6), torch.randn(2, 4, 6)
     hidden = (x @ feed_forward.up.weight.t()).clamp(min=0) ** 2
     assert close(feed_forward(x), hidden @ feed_forward.down.weight.t())
-    assert close(feed_forward(x)[:, 2:3], feed_forward(x[:, 2:3]))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 8), (3, 3), (0, 4)], ids=str)
@@ -135,7 +123,7 @@ def test_a_large_matrix_gives_few_rows_what_it_gives_many(shape):
 
 
 @torch.no_grad()
-def test_every_part_adds_what_it_makes_of_a_normalised_copy(tiny_model):
+def test_every_part_adds_what_it_makes_of_a_normalised_copy():
     model, ids, rope = tiny_model(vocab_size=11), some(3, 8, below=11), make_rope(8, 8)
     model.embedding.weight.mul_(8).add_(3)  # far from normalised
     x = F.layer_norm(model.convolution(model.embedding.weight[ids]), (16,))
@@ -148,8 +136,8 @@ def test_every_part_adds_what_it_makes_of_a_normalised_copy(tiny_model):
     assert close(model(ids), F.layer_norm(x, (16,)) @ model.unembedding.weight.t(), 1e-4)
 
 
-@pytest.mark.parametrize("T, n_head, n_layer", [(8, 2, 2), (12, 4, 3), (2, 1, 1)])
-def test_neither_the_future_nor_another_row_of_the_batch_can_leak(tiny_model, T, n_head, n_layer):
+@pytest.mark.parametrize("T, n_head, n_layer", [(8, 2, 2), (12, 4, 3)])
+def test_neither_the_future_nor_another_row_of_the_batch_can_leak(T, n_head, n_layer):
     # Every position holds a character of its own, so the gradient of that character's vector
     # tells how much the position matters.
     model = tiny_model(2 * T, block_size=T, n_head=n_head, n_layer=n_layer)
@@ -159,39 +147,28 @@ def test_neither_the_future_nor_another_row_of_the_batch_can_leak(tiny_model, T,
         model(ids.view(2, T))[0, t].square().sum().backward()
         influence = model.embedding.weight.grad[ids].abs().amax(dim=-1)  # (2 T,)
         assert (influence[: t + 1] > 0).all() and (influence[t + 1 :] == 0).all()
-
-
-def test_every_parameter_takes_part(tiny_model):
-    model = tiny_model()
-    model(torch.arange(8)[None]).square().sum().backward()
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters():  # after the last, every one takes part
         assert parameter.grad.abs().max() > 0, name
 
 
-def test_learning_begins_at_the_loss_of_blind_guessing_and_ends_with_one_batch_by_heart():
+def test_learning_begins_at_the_loss_of_blind_guessing_with_blocks_that_add_nothing():
     torch.manual_seed(0)
-    model = TinyGPT(vocab_size=10, block_size=16, n_embd=32, n_head=4, n_layer=1)
-    x = torch.randn(1, 16, 32)
-    assert torch.equal(model.blocks[0](x, (model.cos, model.sin)), x)  # it adds nothing yet
-    inputs, targets = some(2, 4, 16, below=10)  # nothing to understand, only to remember
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
-    for _ in range(80):
-        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[0] == pytest.approx(math.log(10), abs=1e-6) and losses[-1] < 0.05
+    model, x = TinyGPT(10, block_size=16, n_embd=32, n_head=4, n_layer=1), torch.randn(1, 16, 32)
+    assert torch.equal(model.blocks[0](x, (model.cos, model.sin)), x)
+    assert torch.equal(model(some(2, 16, below=10)), torch.zeros(2, 16, 10))
 
 
-def test_dropout_acts_in_training_only(tiny_model):
-    model, ids = tiny_model(dropout=0.5), torch.arange(8)[None]
-    assert torch.equal(model(ids), model(ids))
-    model.train()
-    assert not close(model(ids), model(ids), 1e-3)
+def test_dropout_acts_on_either_part_in_training_only():
+    ids = torch.arange(8)[None]
+    for silent in ("attention.output", "feed_forward.down"):
+        model = tiny_model(dropout=0.5, n_layer=1)
+        torch.nn.init.zeros_(model.blocks[0].get_submodule(silent).weight)
+        assert torch.equal(model(ids), model(ids))
+        model.train()
+        assert not close(model(ids), model(ids), 1e-3)
 
 
-def test_too_long_an_input_is_refused_with_and_without_a_cache(tiny_model):
+def test_too_long_an_input_is_refused_with_and_without_a_cache():
     model, cache = tiny_model(block_size=8), KVCache()
     model(some(1, 8), cache)
     for ids, past in ((some(1, 9), None), (some(1, 1), cache)):
@@ -199,16 +176,10 @@ def test_too_long_an_input_is_refused_with_and_without_a_cache(tiny_model):
             model(ids, past)
 
 
-def test_the_gpu_set_makes_a_model_of_10_7_million_parameters():
-    with torch.device("meta"):  # sizes without memory
-        model = TinyGPT(65, GPU.block_size, GPU.n_embd, GPU.n_head, GPU.n_layer)
-    assert 10.6e6 < sum(p.numel() for p in model.parameters()) <= 10.8e6
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("n_embd", [16, 192])  # 192: so large that one row is treated apart
 @pytest.mark.parametrize("batch", [1, 3])
-def test_cached_logits_equal_uncached_ones_whatever_another_cache_holds(tiny_model, batch, n_embd):
+def test_cached_logits_equal_uncached_ones_whatever_another_cache_holds(batch, n_embd):
     model, ids = tiny_model(600, block_size=16, n_embd=n_embd), some(batch, 16, below=600)
     for pieces in ([1] * 16, [16], [5, 1, 1, 4, 3, 2], [1, 15], [2] * 8, [13, 1, 1, 1]):
         cache, another, cached = KVCache(), KVCache(), []
@@ -218,29 +189,38 @@ def test_cached_logits_equal_uncached_ones_whatever_another_cache_holds(tiny_mod
         assert close(torch.cat(cached, dim=1), model(ids)), pieces
 
 
-@pytest.mark.parametrize("visible, problem", [(False, "no such GPU"), (True, "no kernel image")])
-def test_auto_takes_the_cpu_where_no_gpu_works_and_others_are_refused(
-    monkeypatch, visible, problem
-):
+def test_auto_takes_the_cpu_where_no_gpu_works_and_others_are_refused(monkeypatch):
     def too_old(*_, **__):
         raise RuntimeError("CUDA error: no kernel image is available\nand much more")
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: visible)
     monkeypatch.setattr(torch, "ones", too_old)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    device, why = choose_device("auto")
-    assert device == torch.device("cpu") and problem in why and "\n" not in why
-    for wanted, why in (("cuda", problem), ("mps", "no such GPU")):
-        with pytest.raises(UserError, match=f"--device {wanted} .*{why}.*; try --device cpu"):
-            choose_device(wanted)
+    for visible, problem in ((False, "no such GPU"), (True, "no kernel image")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda visible=visible: visible)
+        device, why = choose_device("auto")
+        assert device == torch.device("cpu") and problem in why and "\n" not in why
+        for wanted, why in (("cuda", problem), ("mps", "no such GPU")):
+            with pytest.raises(UserError, match=f"--device {wanted} .*{why}"):
+                choose_device(wanted)
 
 
-def test_the_script_shows_shapes_parameters_and_the_untrained_loss(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shown = call(chapter.main, [])
-    assert shown.status == 0 and shown.err == "" and len(shown.out.splitlines()) < 50
-    for idea in ("(B, H, T, D)", "(B, T, V)", "parameters:", "attention weights", "untrained loss"):
-        assert idea in shown.out
+@torch.no_grad()
+def test_the_script_shows_what_a_model_looks_at_trained_or_not(checkpoint, monkeypatch):
+    model, ids, seen = tiny_model(), some(2, 5), []
+    for block in model.blocks:
+        block.attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    found = chapter.attention_of(model, ids)
+    model(ids)
+    for block, inputs, weights in zip(model.blocks, seen[-2:], found):
+        queries, keys, _ = block.attention.project(*inputs[:2])
+        assert close(chapter.attention_weights(queries, keys), weights)
+
+    monkeypatch.chdir(ROOT)  # where input.txt is
+    for argv in ([str(checkpoint)], ["nowhere.pth"]):
+        shown = call(chapter.main, argv)
+        assert shown.status == 0 and shown.err == "" and shown.out.count("\n") < 50
+        for idea in ("(B, H, T, S)", "(B, T, V)", "block 2, head 2", ascii(argv[0])[1:-1]):
+            assert idea in shown.out
 
 
 # ---- Checkpoints -------------------------------------------------------------------------------
@@ -252,17 +232,16 @@ def same_parameters(one, other):
 
 
 def test_a_reloaded_model_gives_identical_logits_although_the_settings_changed(
-    checkpoint, tiny_model, monkeypatch, letters
+    checkpoint, monkeypatch
 ):
     other = Hyperparameters(block_size=3, n_embd=4, n_head=1, n_layer=1, dropout=0.9)
     monkeypatch.setattr(chapter, "LAPTOP", other)
-    more = {"dropout": 0.25}, {"dropout": 0}, {"n_head": 8}, {"block_size": 1}, {"n_embd": 24}
-    for sizes, training in zip(more, ({"step": 3}, None, None, None, None)):
-        model = tiny_model(**sizes)
-        write_checkpoint(checkpoint, model, letters, training)
+    for name, value in {"dropout": 0.25, "n_head": 8, "block_size": 1, "n_embd": 24}.items():
+        model, more = tiny_model(**{name: value}), {"training": {"step": 3}} if value == 8 else {}
+        write_checkpoint(checkpoint, model, LETTERS, **more)
         (loaded, *rest), ids = load_checkpoint(str(checkpoint)), some(1, model.block_size)
         assert same_parameters(loaded, model) and torch.equal(loaded(ids), model(ids))
-        assert rest == [letters, training] and not loaded.training
+        assert rest == [LETTERS, more.get("training")] and not loaded.training
         assert loaded.blocks[0].dropout.p == model.blocks[0].dropout.p
 
 
@@ -275,43 +254,44 @@ def refusal(path):
     return sentence
 
 
-def test_what_is_no_file_is_refused(tmp_path, checkpoint):
+def test_what_is_no_checkpoint_is_refused(tmp_path, checkpoint):
     assert "train_model.py" in refusal(tmp_path / "model.pth")  # how to get one
-    assert "not a file" in refusal(tmp_path)
-    refusal(tmp_path / ("n" * 300))
-    refusal(checkpoint / "below a file")
+    for path in (tmp_path, tmp_path / ("n" * 300), checkpoint / "below a file"):
+        refusal(path)
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe")
         assert "not a file" in refusal(tmp_path / "pipe")  # and is not waited for
-
-
-def test_a_file_of_another_kind_is_refused(checkpoint, tiny_model):
     good, parameters = torch.load(checkpoint, weights_only=True), tiny_model().state_dict()
     empty_zip = b"PK\5\6" + bytes(18)
     for data in (b"", b"ROMEO:\nBut soft!\n" * 100, b"PK\x03\x04", b"\x80\x02}q\x00.", empty_zip):
         checkpoint.write_bytes(data)
         refusal(checkpoint)
-    for other in (tiny_model(), [1, 2], None, torch.zeros(3), "text", {}, {1: 2}):
+    first = {"format": 1, "model": {}, "vocabulary": "ab", "weights": {}}
+    for other in (
+        tiny_model(),
+        [1, 2],
+        None,
+        torch.zeros(3),
+        "text",
+        {},
+        {1: 2},
+        parameters,
+        first,
+    ):
         torch.save(other, checkpoint)
         refusal(checkpoint)
     torch.save(good, checkpoint, _use_new_zipfile_serialization=False)  # PyTorch's old format
     refusal(checkpoint)
-    for other, name in (
-        (parameters, "state_dict"),
-        ({"format": 1, "model": {}, "vocabulary": "ab", "weights": {}}, "format 1,"),
-        ({**good, "format": 3, "something new": 1}, "format 3,"),
-    ):
-        torch.save(other, checkpoint)
-        assert name in refusal(checkpoint) and "train again, or update" in refusal(checkpoint)
+    torch.save({**good, "format": 3}, checkpoint)
+    assert "format" in refusal(checkpoint)
 
 
 # Each changes the contents c, their sizes s, their parameters p, or one of these, e.
 FORGERIES = """
-del c["vocabulary"]; c["extra"] = 1; del c["format"]; c["format"] = "2"; c["format"] = 2.0
-c["format"] = True; c["format"] = torch.tensor(2); c["format"] = torch.tensor([2, 2])
-c["sizes"] = [1, 2]; del s["n_head"]; s["n_experts"] = 2; s["epochs"] = 2; s["n_layer"] = 10**9
-s["n_layer"] = 3; s["n_layer"] = 1; s["n_layer"] = 0; s["n_layer"] = 2.0
-s["n_layer"] = torch.tensor(2); s["n_embd"] = 65_536; s["n_embd"] = 10**12
+del c["vocabulary"]; c["extra"] = 1; del c["format"]; c["format"] = "2"; c["format"] = True
+c["format"] = torch.tensor([2, 2]); c["sizes"] = [1, 2]; del s["n_head"]; s["n_experts"] = 2
+s["epochs"] = 2; s["n_layer"] = 10**9; s["n_layer"] = 3; s["n_layer"] = 1; s["n_layer"] = 0
+s["n_layer"] = 2.0; s["n_layer"] = torch.tensor(2); s["n_embd"] = 65_536; s["n_embd"] = 10**12
 s["block_size"] = 10**12; s["n_head"] = 0; s["n_head"] = 3; s["dropout"] = torch.nan
 s["dropout"] = 1.0; s["dropout"] = "0"; c["vocabulary"] = c["vocabulary"][:-1]
 c["vocabulary"] += "z"; c["vocabulary"] = c["vocabulary"][:-1] + "s"; c["vocabulary"] = None
@@ -325,40 +305,35 @@ p.update({n: shared[: p[n].numel()].view(p[n].shape) for n in p})
 """
 
 
-@pytest.mark.parametrize("forgery", FORGERIES.strip().replace("\n", "; ").split("; "))
-def test_a_forged_field_is_refused(checkpoint, forgery):
-    c = torch.load(checkpoint, weights_only=True)
-    s, p, e = c["sizes"], c["parameters"], c["parameters"]["embedding.weight"]
-    names = {"c": c, "s": s, "p": p, "e": e, "shared": torch.ones(1024), "torch": torch}
-    exec(forgery, names)
-    if names["e"] is not e:
-        p["embedding.weight"] = names["e"]
-    torch.save(c, checkpoint)
-    refusal(checkpoint)
+def test_a_forged_field_is_refused(checkpoint):
+    good = checkpoint.read_bytes()
+    for forgery in FORGERIES.strip().replace("\n", "; ").split("; "):
+        c = torch.load(io.BytesIO(good), weights_only=True)
+        s, p, e = c["sizes"], c["parameters"], c["parameters"]["embedding.weight"]
+        names = {"c": c, "s": s, "p": p, "e": e, "shared": torch.ones(1024), "torch": torch}
+        exec(forgery, names)
+        if names["e"] is not e:
+            p["embedding.weight"] = names["e"]
+        torch.save(c, checkpoint)
+        with limited(memory=500_000_000):
+            assert "memory" not in refusal(checkpoint), forgery
 
 
-def test_a_checkpoint_cut_short_anywhere_is_refused(checkpoint):
-    data, seed = checkpoint.read_bytes(), random.Random(0)
-    for length in [1, 10, len(data) - 1, *(seed.randrange(len(data)) for _ in range(40))]:
-        checkpoint.write_bytes(data[:length])
-        refusal(checkpoint)
-
-
-def test_a_flipped_bit_is_either_found_or_harmless(checkpoint):
+def test_damage_anywhere_is_either_found_or_harmless(checkpoint):
     whole, *rest = load_checkpoint(str(checkpoint))
     data, seed, found = checkpoint.read_bytes(), random.Random(0), 0
     # Most of the bytes are parameters. What describes them stands at the beginning and the end.
     places = [*range(2000), *range(len(data) - 2500, len(data)), *range(0, len(data), 15)]
     for place in seed.sample(places, 200):
-        damaged = bytearray(data)
-        damaged[place] ^= 1 << seed.randrange(8)
-        checkpoint.write_bytes(damaged)
+        flipped = bytes([data[place] ^ 1 << seed.randrange(8)])
+        checkpoint.write_bytes(data[:place] + flipped + data[place + 1 :])
         try:
             model, *others = load_checkpoint(str(checkpoint))
             assert same_parameters(model, whole) and others == rest
-        except UserError as error:
-            assert len(str(error).splitlines()) == 1
+        except UserError:
             found += 1
+        checkpoint.write_bytes(data[:place])  # cut short
+        refusal(checkpoint)
     assert found > 50
 
 
