@@ -12,7 +12,6 @@ been there all along. From chapter 4 it takes the file tiny_gpt_model.pth; what 
 import argparse
 import contextlib
 import io
-import math
 import os
 import sys
 from typing import Any, Callable, Iterator, List, Optional, Tuple
@@ -106,13 +105,11 @@ def write_samples(
 def main(argv: Optional[List[str]] = None) -> None:
     """Write as the flags say."""
     arguments = parse(argv)
-    if arguments.attention is not None:
-        write_picture(arguments.attention)  # a trial, before anything else is done
     model, vocabulary, _ = load_checkpoint(arguments.checkpoint)
     tokenizer = CharTokenizer(vocabulary)
     prompt = read_prompt(arguments.prompt, tokenizer)
     prompt_ids = torch.from_numpy(tokenizer.encode(prompt)).long()  # (T,)
-    if arguments.attention is not None:
+    if arguments.attention:
         write_picture(arguments.attention, draw_attention, model, prompt, prompt_ids)
     device, _ = choose_device(arguments.device)
     seed = arguments.seed
@@ -184,23 +181,14 @@ def write_whole(path: str, data: Any) -> None:
             os.remove(f"{path}.part")
 
 
-def write_picture(path: str, draw: Optional[Callable] = None, *what: Any) -> None:
-    """Write what `draw(figure, *what)` draws, as the kind of file that `path` ends in; without
-    `draw`, only try whether that can be done. Raises UserError, OSError.
-    """
-    file, kind = io.BytesIO(), os.path.splitext(path)[1][1:]
-    try:
-        from matplotlib import figure, style
+def write_picture(path: str, draw: Callable, *what: Any) -> None:
+    """Write, as the kind of file that `path` ends in, what `draw(figure, *what)` draws."""
+    from matplotlib.figure import Figure
 
-        with style.context("default"):  # whatever a matplotlibrc says
-            page = figure.Figure(layout="constrained")
-            draw(page, *what) if draw else page.text(0, 0, "a trial")
-            page.savefig(file, format=kind, dpi=150)
-    except (ImportError, ValueError, RuntimeError) as error:
-        hint = "; pip install matplotlib" if isinstance(error, ImportError) else ""
-        raise UserError(f"cannot draw {path!a}: {reason(error)}{hint}") from error
-    if draw:
-        write_whole(path, file.getbuffer())
+    file, figure = io.BytesIO(), Figure(layout="constrained")
+    draw(figure, *what)
+    figure.savefig(file, format=path[-3:], dpi=150)
+    write_whole(path, file.getbuffer())
 
 
 @torch.inference_mode()
@@ -208,30 +196,38 @@ def draw_attention(figure: Any, model: TinyGPT, prompt: str, ids: torch.Tensor) 
     """The attention weights over the end of a prompt, ids (T,): a row a layer, a column a head."""
     from matplotlib import colors, font_manager
 
-    T, weights = (
-        min(len(ids), model.block_size),
-        attention_of(model, ids[None, -model.block_size :]),
-    )
+    weights = torch.cat(attention_of(model, ids[None, -model.block_size :]))  # (layers, H, T, T)
+    layers, H, T, _ = weights.shape
     font = font_manager.get_font(font_manager.findfont("DejaVu Sans Mono")).get_charmap()
-    shown = prompt[-T:].replace(" ", "\u2423")
+    shown = prompt[-T:].replace(" ", "\u2423")  # the sign for a space
     shown = [c if c.isprintable() and ord(c) in font else ascii(c)[1:-1] for c in shown]
-    size = min(max(0.15 * T, 1.2), 4)  # inches; a label needs 0.15, so each may name several
-    step = math.ceil(0.15 * T / size)
-    labels = ["".join(shown[start : start + step]) for start in range(0, T, step)]
-    longest = max(map(len, labels))
-    L, H, room = len(weights), weights[0].shape[1], 0.5 + 0.07 * longest
-    figure.set_size_inches(H * (size + 0.1) + 1 + room, L * (size + 0.3) + room)
-    panels = figure.subplots(L, H, sharex=True, sharey=True, squeeze=False)
-    for place, shares in enumerate(torch.cat(weights).flatten(0, 1).numpy()):  # (T, T) each
-        panel, style = panels.flat[place], {"fontsize": 8, "family": "DejaVu Sans Mono"}
+    step = 1 + T // 28  # where there are many characters, each label names several
+    labels = ["".join(shown[i : i + step]) for i in range(0, T, step)]
+    style = {"fontsize": 8, "family": "DejaVu Sans Mono"}
+    figure.set_size_inches(4 * H + 2, 4 * layers + 1)
+    panels = figure.subplots(layers, H, sharex=True, sharey=True, squeeze=False)
+    for i, panel in enumerate(panels.flat):
         # Most shares of many are small; the square root leaves them visible.
-        image = panel.imshow(shares, cmap="Blues", norm=colors.PowerNorm(0.5, 0, 1))
-        panel.set_title(f"layer {place // H + 1}, head {place % H + 1}", fontsize=9)
-        panel.set_xticks(range(0, T, step), labels, rotation=90 * (longest > 2), **style)
+        norm = colors.PowerNorm(0.5, 0, 1)
+        image = panel.imshow(weights[i // H, i % H].numpy(), cmap="Blues", norm=norm)
+        panel.set_title(f"layer {i // H + 1}, head {i % H + 1}")
+        panel.set_xticks(range(0, T, step), labels, rotation=90 * (step > 1), **style)
         panel.set_yticks(range(0, T, step), labels, **style)
-    figure.supxlabel("character looked at", fontsize=10)
-    figure.supylabel("character that looks", fontsize=10)
+    figure.supxlabel("character looked at")
+    figure.supylabel("character that looks")
     figure.colorbar(image, ax=panels, label="attention weight", shrink=0.5)
+
+
+def picture(path: str) -> str:
+    """A check for argparse: the name of a picture, and matplotlib at hand to draw it."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        hint = "pictures need matplotlib: pip install matplotlib"
+        raise argparse.ArgumentTypeError(hint) from error
+    if not path.endswith((".png", ".pdf", ".svg")):
+        raise argparse.ArgumentTypeError(f"{path!a} ends in none of .png, .pdf and .svg")
+    return path
 
 
 def number(kind: type, lowest: float, highest: float) -> Callable[[str], float]:
@@ -253,7 +249,7 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     for flag, kind, default, text in (
         ("checkpoint", str, "tiny_gpt_model.pth", "the trained model"),
         ("prompt", str, None, "the text to continue, a line end if absent; - reads it from stdin"),
-        ("attention", str, None, "a picture to draw of what its characters look at (matplotlib)"),
+        ("attention", picture, None, "a picture to draw of what its characters look at"),
         ("max_new_tokens", number(int, 0, 10**9), 500, "characters to write"),
         ("temperature", number(float, 0, 1000), 0.8, "0 takes the likeliest, more is wilder"),
         ("top_k", number(int, 0, 10**9), 0, "draw from the k likeliest; 0: from all"),

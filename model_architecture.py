@@ -364,7 +364,6 @@ def plain_zip(file: BinaryIO) -> BinaryIO:
         size = file.seek(-22, os.SEEK_END) + 22
         end = file.read()
         plain = parts[0].header_offset == 0 and end[:4] + end[20:] == b"PK\5\6\0\0"
-        plain = plain and all(part.compress_type == zipfile.ZIP_STORED for part in parts)
         plain = plain and sum(max(part.file_size, part.compress_size) for part in parts) <= size
         odd = len(set(names)) < len(names) or any(name.endswith("constants.pkl") for name in names)
         if odd or not plain:

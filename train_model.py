@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data_handling import fingerprint, get_batch, load_text, shuffled_sequences, split
-from generate_text import choose_device, generate, read_prompt, write_picture, write_whole
+from generate_text import choose_device, generate, picture, read_prompt, write_picture, write_whole
 from hyperparameters import GPU, LAPTOP, Hyperparameters, Parser, UserError, end_with_a_sentence
 from model_architecture import FORMAT, SIZES, TinyGPT, check_like, load_checkpoint, reason
 
@@ -405,7 +405,7 @@ def save(run: Trainer) -> None:
         run.unsaved = str(error)
         say(run, f"warning: not saved at step {run.step:,}: {run.unsaved}")
     try:
-        if run.history and run.plot:
+        if run.plot and run.history:
             write_picture(run.plot, draw_losses, run)
     except Exception as error:  # whatever it is, a picture must not end a run
         say(run, f"warning: no picture at step {run.step:,}: {error}")
@@ -417,17 +417,15 @@ def draw_losses(figure: Any, run: Trainer) -> None:
     """
     _, steps, train, val, _ = zip(*run.history)
     shares = torch.bincount(run.train_ids.cpu()).double() / len(run.train_ids)
-    blind, counting = math.log(run.tokenizer.vocab_size), torch.special.entr(shares).sum().item()
-    axes, end = figure.subplots(), run.total_steps
+    axes, blind = figure.subplots(), math.log(run.tokenizer.vocab_size)
     # The training loss is an average over its epoch, so its place is the middle of that.
-    middles = [step - run.steps_per_epoch / 2 for step in steps]
-    axes.plot(middles, train, "o-", markersize=4, label=f"training: {train[-1]:.3f}")
-    axes.plot(steps, val, "s-", markersize=4, label=f"validation: {val[-1]:.3f}")
+    axes.plot([step - run.steps_per_epoch / 2 for step in steps], train, "o-", label="training")
+    axes.plot(steps, val, "s-", label="validation")
+    counting = torch.special.entr(shares).sum().item()
     for loss, name in ((blind, "guessing blindly"), (counting, "counting characters")):
         axes.axhline(loss, color="gray", linestyle=":")
-        axes.text(end, loss, f"{name}: {loss:.3f}", ha="right", va="bottom")
-    axes.set(xlabel="step", xlim=(0, 1.02 * end), ylim=(0, 1.1 * max(blind, *train, *val)))
-    axes.set_ylabel("loss in nats per character")
+        axes.text(0, loss, f"{name}: {loss:.2f}", va="bottom")
+    axes.set(xlabel="step", ylabel="loss in nats per character", ylim=(0, 1.1 * max(blind, *val)))
     axes.legend(loc="lower left")
 
 
@@ -542,16 +540,21 @@ def prepare(flags: argparse.Namespace) -> Trainer:
 def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     """The flags of `python train_model.py`, one for every setting among them."""
     parser = Parser("train_model.py", description="Train TinyGPT on a text.", allow_abbrev=False)
-    for flag, default, choices, text in (
-        ("input", "input.txt", None, "the text to learn"),
-        ("checkpoint", "tiny_gpt_model.pth", None, "the model"),
-        ("training_log", "training_log.csv", None, "the losses of each epoch"),
-        ("plot", None, None, "a picture of the losses to draw after each epoch (matplotlib)"),
-        ("device", "auto", ["auto", "cpu", "cuda", "mps"], "auto: a CUDA GPU if it works"),
-        ("preset", "auto", ["auto", "laptop", "gpu"], "settings to begin with, by the device"),
+    for flag, kind, default, text in (
+        ("input", str, "input.txt", "the text to learn"),
+        ("checkpoint", str, "tiny_gpt_model.pth", "the model"),
+        ("training_log", str, "training_log.csv", "the losses of each epoch"),
+        ("plot", picture, None, "a picture of the losses, drawn after each epoch"),
     ):
-        text = f"{text} ({default})" if default and not choices else text
-        parser.add_argument(f"--{flag}", default=default, choices=choices, help=text)
+        shown = "" if default is None else f" ({default})"
+        parser.add_argument(
+            f"--{flag}", type=kind, default=default, metavar="FILE", help=text + shown
+        )
+    for flag, choices, text in (
+        ("device", ["auto", "cpu", "cuda", "mps"], "auto: a CUDA GPU if it works"),
+        ("preset", ["auto", "laptop", "gpu"], "settings to begin with, by the device"),
+    ):
+        parser.add_argument(f"--{flag}", default="auto", choices=choices, help=text)
     how = {"nargs": "?", "const": "on", "default": "auto", "choices": ["auto", "on", "off"]}
     parser.add_argument("--compile", help="compile the model; auto: on a GPU", **how)
     parser.add_argument("--resume", action="store_true", help="continue the run in the checkpoint")
@@ -567,10 +570,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     flags = parse(argv)
     with contextlib.ExitStack() as session:
         if os.environ.get("RANK", "0") == "0":
-            pictures = [] if flags.plot is None else [flags.plot]
-            for path in pictures:
-                write_picture(path)  # a trial, before anything else is done
-            names = [flags.checkpoint, flags.training_log, *pictures]
+            names = [flags.checkpoint, flags.training_log, *([flags.plot] if flags.plot else [])]
             refuse_bad_names(names, flags.input, session)
         run = prepare(flags)
         # One bar over the whole run. Where stderr is no terminal, there is none (None).
