@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from hyperparameters import LAPTOP, Hyperparameters, UserError, end_with_a_sentence
 
 REACH = 3  # characters that the causal convolution looks back
+ATTENTION_SCALE = 3.0  # see attention_weights
 Rope = Tuple[torch.Tensor, torch.Tensor]
 
 
@@ -45,15 +46,17 @@ Rope = Tuple[torch.Tensor, torch.Tensor]
 
 
 def attention_weights(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """How much each position takes of those up to its own, softmax(QK^T / sqrt(D)): (B, H, T, S).
+    """How much each position takes of those up to its own, softmax(3 QK^T / sqrt(D)): (B, H, T, S).
 
     The queries, (B, H, T, D), are those of the last T of the S positions of the keys, (B, H, S, D).
     """
     (T, D), S = queries.shape[-2:], keys.shape[-2]
     # A sum of D products of independent numbers of mean 0 and variance 1 has variance D. Undivided,
     # the largest score would take nearly all, and a small change would change nothing: no way to
-    # learn. Divided by sqrt(D), it is 1 (Vaswani et al. 2017, 3.2.1). `@` is the matrix product.
-    scores = queries @ keys.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, S)
+    # learn. Divided by sqrt(D), it is 1 (Vaswani et al. 2017, 3.2.1). Ours are then multiplied by
+    # 3: our queries and keys all have the length sqrt(D), so without that no score could be above
+    # sqrt(D), and no share near 1 among hundreds. `@` is the matrix product.
+    scores = queries @ keys.transpose(-2, -1) * (ATTENTION_SCALE / math.sqrt(D))  # (B, H, T, S)
     # In training, the answer stands in the same sequence, one position later. A position must not
     # look there: minus infinity becomes a share of exactly 0.
     future = torch.ones(T, S, dtype=torch.bool, device=scores.device).triu(S - T + 1)
@@ -153,7 +156,11 @@ class MultiHeadAttention(nn.Module):
             mixture = attention_weights(queries, keys) @ values  # (B, H, T, D)
         else:  # PyTorch's own way to the same, without storing the shares: in training they would
             # fill the memory. It hides the future too (is_causal); one new position has none.
-            mixture = F.scaled_dot_product_attention(queries, keys, values, is_causal=cache is None)
+            how = {
+                "is_causal": cache is None,
+                "scale": ATTENTION_SCALE / math.sqrt(queries.shape[-1]),
+            }
+            mixture = F.scaled_dot_product_attention(queries, keys, values, **how)
         return self.output(mixture.transpose(1, 2).reshape(x.shape))
 
 

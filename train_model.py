@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import hashlib
 import io
+import itertools
 import math
 import os
 import signal
@@ -67,6 +68,19 @@ def learning_rate_at(step: int, total_steps: int, settings: Hyperparameters) -> 
     return settings.learning_rate * (total_steps - step) / (total_steps - warmup)
 
 
+def sequence_length_at(epoch: int, settings: Hyperparameters) -> int:
+    """How many characters the sequences of an epoch have, counted from 0: few at first.
+
+    A model learns letters and words before it learns what a page is about, and for these short
+    sequences do, which are less work in attention. So the first half of the epochs has sequences of
+    a quarter of block_size, the next quarter of a half. A batch has as many more of them, so that
+    every step learns from as many characters. (after Press et al. 2021, Shortformer)
+    """
+    done = (epoch + 1) / settings.epochs
+    parts = 4 if done <= 1 / 2 else 2 if done <= 3 / 4 else 1
+    return max(settings.block_size // parts, 1)
+
+
 def make_optimizer(model: TinyGPT, settings: Hyperparameters) -> torch.optim.AdamW:
     """AdamW, which gives every parameter a step size of its own (Loshchilov & Hutter 2019).
 
@@ -98,13 +112,14 @@ def train(run: "Trainer") -> None:
     """
     model, optimizer, settings = run.model, run.optimizer, run.settings
     for epoch in range(len(run.history), settings.epochs):
+        T = run.lengths[epoch]
         for starts in run.batches(epoch):  # (B,)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(run.step, run.total_steps, settings)
-            inputs, targets = get_batch(run.train_ids, run.share(starts), settings.block_size)
-            logits = run.forward(inputs)  # model(inputs): (B, T) to (B, T, V)
+            inputs, targets = get_batch(run.train_ids, run.share(starts), T)  # (B, T) each
+            logits = run.forward(inputs)  # model(inputs): (B, T, V)
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-            loss = loss / (len(starts) * settings.block_size)  # the mean over B * T lessons
+            loss = loss / (len(starts) * T)  # the mean over B * T lessons
 
             # By the chain rule, backward finds how the loss would change with each parameter: its
             # gradient. PyTorch adds it to what is there, so the batch before is cleared first.
@@ -130,9 +145,12 @@ class Trainer:
         self.text = fingerprint(tokenizer, ids)
         train_ids, val_ids = split(ids, settings.block_size, settings.validation_fraction)
         self.train_ids, self.val_ids = train_ids.to(device), val_ids.to(device)
-        self.sequences = len(shuffled_sequences(len(train_ids), settings.block_size, 0, epoch=0))
-        self.steps_per_epoch = math.ceil(self.sequences / settings.batch_size)
-        self.total_steps = settings.epochs * self.steps_per_epoch
+        self.lengths = [sequence_length_at(epoch, settings) for epoch in range(settings.epochs)]
+        order = {T: shuffled_sequences(len(train_ids), T, 0, epoch=0) for T in set(self.lengths)}
+        self.sequences = {T: len(starts) for T, starts in order.items()}  # in an epoch
+        steps = (math.ceil(self.sequences[T] / self.batch_size(T)) for T in self.lengths)
+        self.first_step = [0, *itertools.accumulate(steps)]  # of every epoch, and the end
+        self.total_steps = self.first_step[-1]
         self.sizes = {name: getattr(settings, name) for name in SIZES}
         self.model = TinyGPT(tokenizer.vocab_size, **self.sizes).to(device).train()
         self.optimizer = make_optimizer(self.model, settings)
@@ -146,12 +164,15 @@ class Trainer:
         self.loss_sum = torch.zeros((), dtype=kind, device=device)  # of this epoch's sequences
         set_up_session(self, device)  # rank, world_size, network, number_format, scaler
 
+    def batch_size(self, length: int) -> int:
+        return self.settings.batch_size * self.settings.block_size // length
+
     def batches(self, epoch: int) -> Tuple[torch.Tensor, ...]:
         """Where the sequences begin, (B,) a batch, for the batches of this epoch still to come."""
-        self.clock, length = time.perf_counter() - self.seconds, len(self.train_ids)
-        starts = shuffled_sequences(length, self.settings.block_size, self.settings.seed, epoch)
-        batches = starts.to(self.train_ids.device).split(self.settings.batch_size)
-        return batches[self.step - epoch * self.steps_per_epoch :]
+        self.clock, T = time.perf_counter() - self.seconds, self.lengths[epoch]
+        starts = shuffled_sequences(len(self.train_ids), T, self.settings.seed, epoch)
+        batches = starts.to(self.train_ids.device).split(self.batch_size(T))
+        return batches[self.step - self.first_step[epoch] :]
 
     def finish_step(self, loss: torch.Tensor, sequences: int) -> None:
         self.loss_sum += loss.detach() * sequences
@@ -161,12 +182,13 @@ class Trainer:
         save_or_stop_if_due(self)
 
     def finish_epoch(self, val_loss: float) -> None:
-        train_loss = over_all(self, self.loss_sum) / self.sequences
+        epoch = len(self.history) + 1
+        sequences = self.sequences[self.lengths[epoch - 1]]
+        train_loss = over_all(self, self.loss_sum) / sequences
         refuse_divergence(self, train_loss + val_loss)
         if val_loss < self.best_loss:
             self.best_loss = val_loss
             self.best_parameters = {n: p.cpu().clone() for n, p in self.model.state_dict().items()}
-        epoch = len(self.history) + 1
         self.history.append([epoch, self.step, train_loss, val_loss, round(self.seconds, 1)])
         self.loss_sum.zero_()
 
@@ -237,7 +259,7 @@ def report(run: Trainer) -> None:
     the second may be the lower one. While both fall, the model learns.
     """
     epoch, step, train_loss, val_loss, _ = run.history[-1]
-    speed = epoch * run.sequences * run.settings.block_size / run.seconds
+    speed = epoch * len(run.train_ids) / run.seconds
     left = tqdm.format_interval((run.total_steps - step) * run.seconds / step)
     losses = f"train loss {train_loss:.4f}  val loss {val_loss:.4f}"
     bits = f"{val_loss / math.log(2):.3f} bits/char"
@@ -329,7 +351,7 @@ def rehearse(run: Trainer) -> None:
             times.append(time.perf_counter() - begin)
     run.model.zero_grad(set_to_none=True)
     # Measuring costs a third of learning: nothing goes backward. The first step may have compiled.
-    measured = run.steps_per_epoch * len(run.val_ids) / len(ids) / 3
+    measured = run.first_step[1] * len(run.val_ids) / len(ids) / 3
     steps = run.total_steps - run.step + (settings.epochs - len(run.history)) * measured
     run.estimate = steps * sorted(times[1:])[1]
 
@@ -419,13 +441,15 @@ def draw_losses(figure: Any, run: Trainer) -> None:
     shares = torch.bincount(run.train_ids.cpu()).double() / len(run.train_ids)
     axes, blind = figure.subplots(), math.log(run.tokenizer.vocab_size)
     # The training loss is an average over its epoch, so its place is the middle of that.
-    axes.plot([step - run.steps_per_epoch / 2 for step in steps], train, "o-", label="training")
+    middles = [(begin + end) / 2 for begin, end in zip([0, *steps], steps)]
+    axes.plot(middles, train, "o-", label="training")
     axes.plot(steps, val, "s-", label="validation")
     counting = torch.special.entr(shares).sum().item()
     for loss, name in ((blind, "guessing blindly"), (counting, "counting characters")):
         axes.axhline(loss, color="gray", linestyle=":")
-        axes.text(0, loss, f"{name}: {loss:.2f}", va="bottom")
-    axes.set(xlabel="step", ylabel="loss in nats per character", ylim=(0, 1.1 * max(blind, *val)))
+        axes.text(run.total_steps, loss, f"{name}: {loss:.2f}", ha="right", va="bottom")
+    axes.set(xlabel="step", ylabel="loss in nats per character")
+    axes.set(xlim=(0, 1.02 * run.total_steps), ylim=(0, 1.1 * max(blind, *val)))
     axes.legend(loc="lower left")
 
 
@@ -496,8 +520,8 @@ def resume(run: Trainer, best: TinyGPT, vocabulary: str, state: Dict[str, Any]) 
         averages = [{"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for p in parameters]
         like["optimizer"] = dict(enumerate(averages))
     check_like("unfinished run", state, like)
-    this_epoch = state["step"] - finished * run.steps_per_epoch
-    if finished >= run.settings.epochs or not 0 <= this_epoch <= run.steps_per_epoch:
+    first_step = run.first_step[finished : finished + 2]  # of this epoch and of the next
+    if len(first_step) < 2 or not first_step[0] <= state["step"] <= first_step[1]:
         raise UserError("its counts of steps and epochs do not fit together")
     run.load_state_dict(state, dict(best.state_dict()))
 
@@ -532,7 +556,7 @@ def prepare(flags: argparse.Namespace) -> Trainer:
     say(run, f"text      {V} different characters; guessing blindly costs {math.log(V):.4f} nats")
     say(run, f"split     {train:,} characters to learn from, {val:,} to measure on")
     say(run, f"model     {parameters:,} parameters, from {run.step:,} steps of training")
-    say(run, f"training  {settings.epochs} epochs of {run.steps_per_epoch:,} steps")
+    say(run, f"training  {settings.epochs} epochs, {run.total_steps:,} steps in all")
     say(run, f"time      about {tqdm.format_interval(run.estimate)}, as measured on three steps")
     return run
 

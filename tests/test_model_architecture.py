@@ -42,9 +42,9 @@ def random_attention(n_embd, n_head, T):
 
 
 def test_attention_weights_equal_a_hand_computation():
-    # D = 4, so scores are dot products divided by 2. The second query scores ln 3 and 0: weights
+    # D = 4, so scores are dot products times 3 / 2. The second query scores ln 3 and 0: weights
     # 3/4 and 1/4. The first sees itself alone, whatever the second key says.
-    queries = torch.tensor([[[[5.0, 5, 5, 5], [2 * math.log(3), 0, 0, 0]]]])
+    queries = torch.tensor([[[[5.0, 5, 5, 5], [math.log(3) * 2 / 3, 0, 0, 0]]]])
     keys, expected = torch.tensor([[[[1.0, 0, 0, 0], [0, 9, 9, 9]]]]), [[[[1, 0], [0.75, 0.25]]]]
     weights = chapter.attention_weights(queries, keys)
     assert close(weights, torch.tensor(expected))
@@ -56,14 +56,15 @@ def test_attention_weights_equal_a_hand_computation():
 def test_attention_equals_plain_arithmetic_and_pytorchs(n_embd, n_head, T):
     attention, x, rope = random_attention(n_embd, n_head, T)
     queries, keys, values = attention.project(x, rope)
-    mixture = torch.zeros_like(values)
+    mixture, scale = torch.zeros_like(values), 3 / math.sqrt(n_embd // n_head)
     for t in range(T):  # one position at a time
         scores = (queries[:, :, t, None] * keys[:, :, : t + 1]).sum(-1)
-        shares = (scores / math.sqrt(n_embd // n_head)).exp()
+        shares = (scores * scale).exp()
         shares = shares / shares.sum(-1, keepdim=True)
         mixture[:, :, t] = (shares[..., None] * values[:, :, : t + 1]).sum(-2)
     assert close(chapter.attention_weights(queries, keys) @ values, mixture)
-    assert close(F.scaled_dot_product_attention(queries, keys, values, is_causal=True), mixture)
+    how = {"is_causal": True, "scale": scale}
+    assert close(F.scaled_dot_product_attention(queries, keys, values, **how), mixture)
     assert close(attention(x, rope), attention.output(mixture.transpose(1, 2).flatten(2)))
 
 

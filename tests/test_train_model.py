@@ -24,7 +24,7 @@ import train_model
 from data_handling import get_batch, load_text, shuffled_sequences, split
 from hyperparameters import GPU, LAPTOP
 from model_architecture import TinyGPT, load_checkpoint
-from train_model import evaluate, learning_rate_at, make_optimizer
+from train_model import evaluate, learning_rate_at, make_optimizer, sequence_length_at
 
 MODEL = {"block_size": 16, "n_embd": 16, "n_head": 2, "n_layer": 1}
 SETTINGS = replace(LAPTOP, **MODEL, batch_size=8, epochs=2, sample_characters=0)
@@ -70,6 +70,13 @@ def test_the_rate_climbs_to_its_setting_for_a_tenth_of_the_run_at_most_and_falls
         climb, fall = np.diff([0, *found[: peak + 1]]), np.diff([*found[peak:], 0])
         np.testing.assert_allclose(climb, 0.5 / (peak + 1))  # straight lines, from 0 and to 0
         np.testing.assert_allclose(fall, -0.5 / (total - peak))
+
+
+def test_sequences_begin_short_and_end_as_long_as_the_window():
+    for epochs, parts in ((1, [1]), (2, [4, 1]), (4, [4, 4, 2, 1]), (8, [4, 4, 4, 4, 2, 2, 1, 1])):
+        settings = replace(LAPTOP, epochs=epochs, block_size=64)
+        assert [64 // sequence_length_at(epoch, settings) for epoch in range(epochs)] == parts
+    assert sequence_length_at(0, replace(LAPTOP, block_size=1)) == 1
 
 
 @pytest.mark.parametrize("length, training", [(17, True), (33, False), (16 * 700 + 5, True)])
@@ -124,9 +131,10 @@ def test_training_is_the_plain_loop_that_the_chapter_describes():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, **plain)
     for epoch in range(2):
         losses = []
-        for starts in shuffled_sequences(len(train_ids), 16, 5, epoch).split(8):
+        T = (4, 16)[epoch]  # a batch of 8 sequences of 16 characters, or of 32 of a quarter
+        for starts in shuffled_sequences(len(train_ids), T, 5, epoch).split(8 * 16 // T):
             optimizer.param_groups[0]["lr"] = learning_rate_at(step, 2 * STEPS, SETTINGS)
-            inputs, targets = get_batch(train_ids, starts, 16)
+            inputs, targets = get_batch(train_ids, starts, T)
             assert torch.equal(inputs, met[step])
             loss = F.cross_entropy(model(inputs).transpose(1, 2), targets)
             optimizer.zero_grad()
@@ -156,7 +164,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not():
 def test_the_run_says_what_it_is_about_to_do_and_then_a_line_per_epoch():
     before, *said = learn(*TINY, "--epochs", "3").out.split("\nepoch ")
     parameters = sum(p.numel() for p in TinyGPT(9, **MODEL).parameters())
-    for figure in ("cpu", "1,062", "118", "9 different", f"{parameters:,}", f"{STEPS} steps"):
+    for figure in ("cpu", "1,062", "118", "9 different", f"{parameters:,}", f"{3 * STEPS} steps"):
         assert figure in before
     rows = log_rows()
     assert [row[:2] for row in rows] == [[str(n), str(n * STEPS)] for n in (1, 2, 3)]
