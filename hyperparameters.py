@@ -31,7 +31,7 @@ class Hyperparameters:
     # What one step of training sees (chapter 2): batch_size sequences of block_size characters.
     # That block is a stretch of text; the blocks that n_layer counts are parts of the model.
     block_size: int = setting(256, 256, 1, 65_536, "context window: characters seen at once")
-    batch_size: int = setting(4, 64, 1, 65_536, "sequences learned from in one step")
+    batch_size: int = setting(4, 64, 1, 65_536, "full-length sequences learned from in one step")
     validation_fraction: float = setting(0.1, 0.1, 0.001, 0.5, "share of the text to measure on")
 
     # How large the model is (chapter 3).

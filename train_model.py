@@ -261,9 +261,8 @@ def report(run: Trainer) -> None:
     epoch, step, train_loss, val_loss, _ = run.history[-1]
     speed = epoch * len(run.train_ids) / run.seconds
     left = tqdm.format_interval((run.total_steps - step) * run.seconds / step)
-    losses = f"train loss {train_loss:.4f}  val loss {val_loss:.4f}"
-    bits = f"{val_loss / math.log(2):.3f} bits/char"
-    losses = f"step {step:,}  {losses} ({bits})  {speed:,.0f} chars/s  {left} left"
+    losses = f"step {step:,}  train loss {train_loss:.4f}  val loss {val_loss:.4f}"
+    losses += f" ({val_loss / math.log(2):.3f} bits/char)  {speed:,.0f} chars/s  {left} left"
     say(run, f"epoch {epoch}/{run.settings.epochs}  {losses}")
     before = run.history[-2] if epoch > 1 else run.history[-1]
     if train_loss < before[2] and val_loss > before[3]:
@@ -275,16 +274,14 @@ def report(run: Trainer) -> None:
 
 def sample(run: Trainer) -> str:
     """What the model writes by now: `sample_characters`, or as many as a second suffices for."""
-    settings, tokenizer, end = run.settings, run.tokenizer, time.perf_counter() + 1.0
+    tokenizer, end = run.tokenizer, time.perf_counter() + 1.0
+    count = run.settings.sample_characters if run.rank == 0 else 0
     prompt = torch.from_numpy(tokenizer.encode(read_prompt(None, tokenizer))).long()  # (1,)
-    generator, written = torch.Generator().manual_seed(settings.seed), []  # not training's own
-    if run.rank == 0:
-        for new in generate(run.model, prompt[None], settings.sample_characters, generator, 0.8):
-            written.append(int(new))
-            if time.perf_counter() > end:
-                break
+    generator = torch.Generator().manual_seed(run.settings.seed)  # not the one that dropout uses
+    drawn = generate(run.model, prompt[None], count, generator, temperature=0.8)
+    text = tokenizer.decode(itertools.takewhile(lambda _: time.perf_counter() < end, drawn))
     run.model.train()
-    return tokenizer.decode(written)
+    return text
 
 
 # ---- The fold: a first reader goes on to generate_text.py here. What protects stands below. ------
@@ -318,16 +315,17 @@ def set_up_session(run: Trainer, device: torch.device) -> None:
 
 def compile_and_spread(run: Trainer, wanted: str) -> None:
     """Compile the network, if wanted ("auto": on CUDA) and possible; spread it over processes."""
-    compiled = wanted == "on" or (wanted == "auto" and run.train_ids.is_cuda)
-    run.network = torch.compile(run.model, dynamic=False) if compiled else run.model
-    try:
-        rehearse(run)
-    except Exception as error:
-        if not compiled:
-            raise
-        say(run, f"warning: the model cannot be compiled here: {reason(error)}")
-        run.network = run.model
-        rehearse(run)
+    networks = [run.model]
+    if wanted == "on" or (wanted == "auto" and run.train_ids.is_cuda):
+        networks = [torch.compile(run.model, dynamic=False), run.model]
+    for run.network in networks:
+        try:
+            rehearse(run)
+            break
+        except Exception as error:
+            if run.network is run.model:
+                raise
+            say(run, f"warning: the model cannot be compiled here: {reason(error)}")
     if run.world_size > 1:
         dist.init_process_group("nccl" if run.train_ids.is_cuda else "gloo")
         run.group = dist.new_group(backend="gloo")  # for numbers that are not on a GPU
@@ -563,7 +561,9 @@ def prepare(flags: argparse.Namespace) -> Trainer:
 
 def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     """The flags of `python train_model.py`, one for every setting among them."""
-    parser = Parser("train_model.py", description="Train TinyGPT on a text.", allow_abbrev=False)
+    parser = Parser(
+        "train_model.py", "%(prog)s [flags]", "Train TinyGPT on a text.", allow_abbrev=False
+    )
     for flag, kind, default, text in (
         ("input", str, "input.txt", "the text to learn"),
         ("checkpoint", str, "tiny_gpt_model.pth", "the model"),
