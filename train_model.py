@@ -112,7 +112,7 @@ def train(run: "Trainer") -> None:
     """
     model, optimizer, settings = run.model, run.optimizer, run.settings
     for epoch in range(len(run.history), settings.epochs):
-        T = run.lengths[epoch]
+        T = sequence_length_at(epoch, settings)
         for starts in run.batches(epoch):  # (B,)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(run.step, run.total_steps, settings)
@@ -129,7 +129,7 @@ def train(run: "Trainer") -> None:
             # vector, and would stay in AdamW's averages for long. It is cut to a usual length.
             nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
             run.optimizer_step()  # optimizer.step()
-            run.finish_step(loss, len(starts))
+            run.finish_step(loss)
 
         val_loss = evaluate(model, run.val_ids)
         run.finish_epoch(val_loss)
@@ -145,12 +145,9 @@ class Trainer:
         self.text = fingerprint(tokenizer, ids)
         train_ids, val_ids = split(ids, settings.block_size, settings.validation_fraction)
         self.train_ids, self.val_ids = train_ids.to(device), val_ids.to(device)
-        self.lengths = [sequence_length_at(epoch, settings) for epoch in range(settings.epochs)]
-        order = {T: shuffled_sequences(len(train_ids), T, 0, epoch=0) for T in set(self.lengths)}
-        self.sequences = {T: len(starts) for T, starts in order.items()}  # in an epoch
-        steps = (math.ceil(self.sequences[T] / self.batch_size(T)) for T in self.lengths)
-        self.first_step = [0, *itertools.accumulate(steps)]  # of every epoch, and the end
-        self.total_steps = self.first_step[-1]
+        sequences = len(shuffled_sequences(len(train_ids), settings.block_size, 0, epoch=0))
+        self.steps_per_epoch = math.ceil(sequences / settings.batch_size)
+        self.total_steps = settings.epochs * self.steps_per_epoch
         self.sizes = {name: getattr(settings, name) for name in SIZES}
         self.model = TinyGPT(tokenizer.vocab_size, **self.sizes).to(device).train()
         self.optimizer = make_optimizer(self.model, settings)
@@ -161,34 +158,30 @@ class Trainer:
         self.best_loss, self.best_parameters = math.inf, None  # of the best epoch so far
         # Losses are added up where they are: fetching each would make a GPU wait. (No float64: MPS)
         kind = torch.float32 if device.type == "mps" else torch.float64
-        self.loss_sum = torch.zeros((), dtype=kind, device=device)  # of this epoch's sequences
+        self.loss_sum = torch.zeros((), dtype=kind, device=device)  # over this epoch's steps
         set_up_session(self, device)  # rank, world_size, network, number_format, scaler
-
-    def batch_size(self, length: int) -> int:
-        return self.settings.batch_size * self.settings.block_size // length
 
     def batches(self, epoch: int) -> Tuple[torch.Tensor, ...]:
         """Where the sequences begin, (B,) a batch, for the batches of this epoch still to come."""
-        self.clock, T = time.perf_counter() - self.seconds, self.lengths[epoch]
+        self.clock, T = time.perf_counter() - self.seconds, sequence_length_at(epoch, self.settings)
         starts = shuffled_sequences(len(self.train_ids), T, self.settings.seed, epoch)
-        batches = starts.to(self.train_ids.device).split(self.batch_size(T))
-        return batches[self.step - self.first_step[epoch] :]
+        batches = starts.to(self.train_ids.device).tensor_split(self.steps_per_epoch)
+        return batches[self.step - epoch * self.steps_per_epoch :]
 
-    def finish_step(self, loss: torch.Tensor, sequences: int) -> None:
-        self.loss_sum += loss.detach() * sequences
+    def finish_step(self, loss: torch.Tensor) -> None:
+        self.loss_sum += loss.detach()
         self.step += 1
         self.seconds = time.perf_counter() - self.clock
         self.bar.update()
         save_or_stop_if_due(self)
 
     def finish_epoch(self, val_loss: float) -> None:
-        epoch = len(self.history) + 1
-        sequences = self.sequences[self.lengths[epoch - 1]]
-        train_loss = over_all(self, self.loss_sum) / sequences
+        train_loss = over_all(self, self.loss_sum) / self.steps_per_epoch
         refuse_divergence(self, train_loss + val_loss)
         if val_loss < self.best_loss:
             self.best_loss = val_loss
             self.best_parameters = {n: p.cpu().clone() for n, p in self.model.state_dict().items()}
+        epoch = len(self.history) + 1
         self.history.append([epoch, self.step, train_loss, val_loss, round(self.seconds, 1)])
         self.loss_sum.zero_()
 
@@ -349,7 +342,7 @@ def rehearse(run: Trainer) -> None:
             times.append(time.perf_counter() - begin)
     run.model.zero_grad(set_to_none=True)
     # Measuring costs a third of learning: nothing goes backward. The first step may have compiled.
-    measured = run.first_step[1] * len(run.val_ids) / len(ids) / 3
+    measured = run.steps_per_epoch * len(run.val_ids) / len(ids) / 3
     steps = run.total_steps - run.step + (settings.epochs - len(run.history)) * measured
     run.estimate = steps * sorted(times[1:])[1]
 
@@ -439,8 +432,7 @@ def draw_losses(figure: Any, run: Trainer) -> None:
     shares = torch.bincount(run.train_ids.cpu()).double() / len(run.train_ids)
     axes, blind = figure.subplots(), math.log(run.tokenizer.vocab_size)
     # The training loss is an average over its epoch, so its place is the middle of that.
-    middles = [(begin + end) / 2 for begin, end in zip([0, *steps], steps)]
-    axes.plot(middles, train, "o-", label="training")
+    axes.plot([step - run.steps_per_epoch / 2 for step in steps], train, "o-", label="training")
     axes.plot(steps, val, "s-", label="validation")
     counting = torch.special.entr(shares).sum().item()
     for loss, name in ((blind, "guessing blindly"), (counting, "counting characters")):
@@ -518,8 +510,8 @@ def resume(run: Trainer, best: TinyGPT, vocabulary: str, state: Dict[str, Any]) 
         averages = [{"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for p in parameters]
         like["optimizer"] = dict(enumerate(averages))
     check_like("unfinished run", state, like)
-    first_step = run.first_step[finished : finished + 2]  # of this epoch and of the next
-    if len(first_step) < 2 or not first_step[0] <= state["step"] <= first_step[1]:
+    this_epoch = state["step"] - finished * run.steps_per_epoch
+    if finished >= run.settings.epochs or not 0 <= this_epoch <= run.steps_per_epoch:
         raise UserError("its counts of steps and epochs do not fit together")
     run.load_state_dict(state, dict(best.state_dict()))
 
@@ -554,7 +546,7 @@ def prepare(flags: argparse.Namespace) -> Trainer:
     say(run, f"text      {V} different characters; guessing blindly costs {math.log(V):.4f} nats")
     say(run, f"split     {train:,} characters to learn from, {val:,} to measure on")
     say(run, f"model     {parameters:,} parameters, from {run.step:,} steps of training")
-    say(run, f"training  {settings.epochs} epochs, {run.total_steps:,} steps in all")
+    say(run, f"training  {settings.epochs} epochs of {run.steps_per_epoch:,} steps")
     say(run, f"time      about {tqdm.format_interval(run.estimate)}, as measured on three steps")
     return run
 

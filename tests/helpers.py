@@ -44,8 +44,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 LETTERS = "\n !Eabcdelnorst"  # 15, the vocabulary of a model that only writes
 
-# A model that trains in a tenth of a second: 9 steps an epoch over the text below, the last of
-# them with a single sequence.
+# A model that trains in a tenth of a second, in 9 steps an epoch over the text below.
 SIZES = "--n_embd 16 --n_head 2 --n_layer 1 --block_size 16 --batch_size 8".split()
 SIZES += ["--sample_characters", "0"]
 STEPS = 9

@@ -131,8 +131,8 @@ def test_training_is_the_plain_loop_that_the_chapter_describes():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, **plain)
     for epoch in range(2):
         losses = []
-        T = (4, 16)[epoch]  # a batch of 8 sequences of 16 characters, or of 32 of a quarter
-        for starts in shuffled_sequences(len(train_ids), T, 5, epoch).split(8 * 16 // T):
+        T = (4, 16)[epoch]  # some 8 sequences of 16 characters a step, or four times as many short
+        for starts in shuffled_sequences(len(train_ids), T, 5, epoch).tensor_split(STEPS):
             optimizer.param_groups[0]["lr"] = learning_rate_at(step, 2 * STEPS, SETTINGS)
             inputs, targets = get_batch(train_ids, starts, T)
             assert torch.equal(inputs, met[step])
@@ -141,7 +141,7 @@ def test_training_is_the_plain_loop_that_the_chapter_describes():
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
             optimizer.step()
-            losses += [loss.item()] * len(starts)  # the mean over sequences, not over steps
+            losses.append(loss.item())
             step += 1
         row = log_rows()[epoch]
         assert row[:2] == [str(epoch + 1), str(step)]
@@ -164,7 +164,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not():
 def test_the_run_says_what_it_is_about_to_do_and_then_a_line_per_epoch():
     before, *said = learn(*TINY, "--epochs", "3").out.split("\nepoch ")
     parameters = sum(p.numel() for p in TinyGPT(9, **MODEL).parameters())
-    for figure in ("cpu", "1,062", "118", "9 different", f"{parameters:,}", f"{3 * STEPS} steps"):
+    for figure in ("cpu", "1,062", "118", "9 different", f"{parameters:,}", f"{STEPS} steps"):
         assert figure in before
     rows = log_rows()
     assert [row[:2] for row in rows] == [[str(n), str(n * STEPS)] for n in (1, 2, 3)]
