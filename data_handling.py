@@ -23,8 +23,8 @@ class CharTokenizer:
     """Translates characters to numbers, called ids, and back.
 
     The vocabulary is the sorted set of all characters in a text, and the id of a character is its
-    place there. Sorted, because a set has no order: the ids must be the same in every run, or a
-    saved model would forget its letters.
+    place there. Sorted, because a set has no order: the ids must be the same in every run, or a run
+    that is resumed would read other letters.
 
     >>> tokenizer = CharTokenizer("hello")
     >>> tokenizer.characters
@@ -49,7 +49,7 @@ class CharTokenizer:
 
     @property
     def id_type(self) -> type:
-        """The smallest type of whole numbers, of those that PyTorch can index, for every id."""
+        """The smallest whole-number type for every id (no uint16: PyTorch cannot look it up)."""
         largest = self.vocab_size - 1
         return next(t for t in (np.uint8, np.int16, np.int32) if largest <= np.iinfo(t).max)
 
@@ -110,9 +110,9 @@ def shuffled_sequences(length: int, block_size: int, seed: int, epoch: int) -> t
     all follows from the arguments, so a run that is resumed finds its place by counting.
     """
     generator = np.random.default_rng([seed, epoch])
-    # A sequence takes block_size ids, and the last of all needs one id more, its target. The first
-    # cut falls on one of `places` ids. From the last of these, length - places ids remain for whole
-    # sequences; every epoch gets as many as fit there, so that all are equally long.
+    # One id stays over, the last target, so length - 1 ids can be inputs. The first cut skips 0 to
+    # places - 1 of these; every epoch takes as many sequences as fit behind the largest skip, so
+    # that all epochs are equally long.
     places = min(block_size, length - block_size)
     first = generator.integers(places)
     order = generator.permutation((length - places) // block_size).astype(np.int64)
@@ -124,7 +124,7 @@ def get_batch(
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """The sequences that begin at `starts`, (B,): inputs and targets, (B, T) int64 each.
 
-    B is the number of sequences and T their length, block_size. The target of every character is
+    B is the number of sequences and T their length. The target of every character is
     the one after it, so the targets are the inputs moved by one; and one sequence holds T lessons:
     guess the second character from the first, the third from the first two, and so on.
     """

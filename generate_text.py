@@ -7,6 +7,7 @@ been there all along. From chapter 4 it takes the file tiny_gpt_model.pth; what 
     python generate_text.py                                 writes 500 characters
     python generate_text.py --prompt "ROMEO:" --seed 1      continues a text, repeatably
     python generate_text.py --temperature 0.5 > page.txt    plays it safe; only the text is piped
+    python generate_text.py --attention picture.png         shows what the prompt's characters see
 """
 
 import argparse
@@ -32,12 +33,12 @@ def next_probabilities(
     never quite sure, so many unlikely characters have a little each, and together enough to spoil a
     page. Three settings keep them in check. The temperature divides the logits: below 1 it widens
     the gaps between them (safer, duller), above 1 it narrows them (bolder, wilder); 0 stands for
-    its limit, all on the best. `top_k` keeps the k likeliest (0: all). `top_p` keeps the fewest
-    that together reach the probability p (1.0: all; Holtzman et al. 2020).
+    its limit, all on the best. `top_k` keeps the k likeliest (0: all). `top_p` keeps, of these, the
+    fewest that together reach the share p (1.0: all; Holtzman et al. 2020).
     """
     if temperature == 0:
         temperature, top_k = 1.0, 1
-    # A number taken from all logits changes no probability; with the best at 0, none overflows.
+    # To subtract one number from all changes no probability; with the best at 0, none overflows.
     logits = logits.double()
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k == 0 and top_p == 1:
@@ -67,9 +68,9 @@ def generate(
 ) -> Iterator[torch.Tensor]:
     """Continue the ids `prompt`, (B, T); yield the next id of every row, (B,), as it is drawn.
 
-    Of a prompt longer than the context window, the end is read. Once the window is full, its newest
-    half is read again into an empty cache: what is kept has seen the oldest characters, so these
-    cannot be dropped alone. Ids are drawn on the CPU, where `generator` lives.
+    Of a prompt longer than the context window, its end is read. Once the window is full, its newest
+    half is read again into an empty cache; half, so that this is rare. What is kept has seen the
+    oldest characters, so these cannot be dropped alone. Ids are drawn on the CPU, with `generator`.
     """
     model.eval()  # dropout is for learning
     device, block_size = model.embedding.weight.device, model.block_size

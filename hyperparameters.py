@@ -1,9 +1,9 @@
 """Chapter 1 of 5: the numbers that a person chooses.
 
-A language model is a function with very many adjustable numbers, its parameters (800,000 here),
-which training finds. The few that a person chooses beforehand are its hyperparameters, or settings.
-At the end of this file you know which there are. A word that is new to you is explained in the
-chapter named above its group. All files use this table; running this one prints it.
+A language model is a function that says what comes next in a text. It has very many adjustable
+numbers, its parameters (800,000 on a laptop), which training finds. The few that a person chooses
+beforehand are its hyperparameters, or settings. This file lists them; most words in it are new, and
+chapters 2 to 4 explain them. All files use this table; running this one prints it.
 """
 
 import argparse
@@ -37,7 +37,7 @@ class Hyperparameters:
     # How large the model is (chapter 3).
     n_layer: int = setting(4, 6, 1, 1_000, "blocks of the model, one after the other")
     n_head: int = setting(4, 6, 1, 1_024, "attention heads in each block")
-    n_embd: int = setting(128, 384, 2, 65_536, "numbers that describe a character in the model")
+    n_embd: int = setting(128, 384, 2, 65_536, "numbers that describe a position in the model")
     dropout: float = setting(0.0, 0.2, 0.0, 0.99, "share of a block's results zeroed in training")
 
     # How it learns (chapter 4).

@@ -1,10 +1,11 @@
 """Chapter 3 of 5: the model, a function that predicts the next character.
 
 At the end of this file you know every part of a GPT: how a position finds out what stands before it
-(attention, and a short look at the three before), how it thinks about what it found (feed-forward),
+(attention, and a short look at the three before), how it works on what it found (feed-forward),
 and why a stack of such blocks can be trained at all. From chapter 2 it takes ids; it hands chapter
 4 a function from ids to logits, a number for every character that could come next: the larger, the
-likelier. Run it to see what a model looks at, trained or not. The shapes are written in letters:
+likelier. Run it to see what a model looks at; an untrained one, at a few characters picked by
+chance. The shapes are written in these letters:
 
     B  batch: sequences read side by side      C  n_embd: numbers that describe one position
     T  time: positions read at once            H  n_head: attention heads
@@ -52,10 +53,10 @@ def attention_weights(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor
     """
     (T, D), S = queries.shape[-2:], keys.shape[-2]
     # A sum of D products of independent numbers of mean 0 and variance 1 has variance D. Undivided,
-    # the largest score would take nearly all, and a small change would change nothing: no way to
-    # learn. Divided by sqrt(D), it is 1 (Vaswani et al. 2017, 3.2.1). Ours are then multiplied by
-    # 3: our queries and keys all have the length sqrt(D), so without that no score could be above
-    # sqrt(D), and no share near 1 among hundreds. `@` is the matrix product.
+    # the best of 256 would get 0.6 of the mixture by mere chance (D = 32): too sharp to learn from.
+    # Divided by sqrt(D), it is 1 (Vaswani et al. 2017, 3.2.1), but no score can be above sqrt(D),
+    # as our queries and keys have that length (see project): with all others at 0, the best gets
+    # 0.5 at most, too blunt. Times 3, it can get all. `@` is the matrix product.
     scores = queries @ keys.transpose(-2, -1) * (ATTENTION_SCALE / math.sqrt(D))  # (B, H, T, S)
     # In training, the answer stands in the same sequence, one position later. A position must not
     # look there: minus infinity becomes a share of exactly 0.
@@ -64,9 +65,9 @@ def attention_weights(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor
     return scores.masked_fill(future, -math.inf).softmax(dim=-1)
 
 
-# Shuffle what stands before a position, and all this gives the same mixture: order is not in it
-# yet. It gets in by turning. Take the D numbers of a query or key as D / 2 arrows in a plane, and
-# turn each by an angle that grows with the position. Of two arrows, the dot product depends on
+# Shuffle what stands before a position, and all this gives the same mixture: attention alone knows
+# no order. It gets in by turning. Take the D numbers of a query or key as D / 2 arrows in a plane,
+# and turn each by an angle that grows with the position. Of two arrows, the dot product depends on
 # their lengths and on the angle between them; turning one by t steps and the other by s changes
 # that angle by t - s steps. So a score now depends on what both positions hold and on how far they
 # are apart, but not on where in the sequence they stand: what is learned in one place holds in
@@ -104,7 +105,8 @@ class KVCache:
     In writing, each new character would mean reading the whole sequence again. But no position sees
     a later one, so nothing changes at the old ones when a new one arrives. So their keys, values
     and last inputs of convolutions are kept, and a new character costs the work of one position and
-    a look at what is kept. Their queries have been answered. In training there is no cache.
+    a look at what is kept. Old queries are not needed: their mixtures are made. Training has no
+    cache.
     """
 
     def __init__(self) -> None:
@@ -124,14 +126,14 @@ class MultiHeadAttention(nn.Module):
 
     One softmax gives one set of shares, so one mixture. But a position has several questions at
     once: which letters does this word have so far, who speaks, does a line end here? The answers
-    would blur. So the C numbers are dealt out to H heads of D each, and every head asks a question
-    of its own, all of them for about the price of one.
+    would blur. So each of H heads forms its own queries, keys and values, of D numbers, from all C
+    of a position, and asks a question of its own: all of them for about the price of one.
     """
 
     def __init__(self, n_embd: int, n_head: int) -> None:
         super().__init__()
         self.n_head = n_head
-        self.queries_keys_values = Linear(n_embd, 3 * n_embd, bias=False)
+        self.queries_keys_values = Linear(n_embd, 3 * n_embd, bias=False)  # as nn.Linear
         self.output = Linear(n_embd, n_embd, bias=False)
 
     def project(self, x: torch.Tensor, rope: Rope) -> Tuple[torch.Tensor, ...]:
@@ -170,7 +172,8 @@ class CausalConvolution(nn.Module):
     The characters just before are the best hint at the next one. Attention can learn to look one
     step back, but takes long to find out; a sum needs only to learn its factors. Each of the C
     numbers has three, one for each step back, which begin as 0, "add nothing": a causal depthwise
-    convolution (after So et al. 2021, Primer).
+    convolution (after So et al. 2021, Primer). Five in a row, on a laptop, reach 15 back: attention
+    is for what stands farther away, or at no fixed distance.
     """
 
     def __init__(self, n_embd: int) -> None:
@@ -182,7 +185,7 @@ class CausalConvolution(nn.Module):
         inputs = F.pad(x, (0, 0, REACH, 0)) if is_first else x  # zeros before the first position
         if cache is not None:
             inputs = cache.append(self, "inputs", inputs, keep=REACH)  # (B, REACH + T, C)
-        if T == 1:  # in writing: the sum below at once, as its steps cost more than their work
+        if T == 1:  # in writing: the same by one product, quicker than by three small ones
             return x + (inputs[:, :REACH] * self.weight).sum(dim=1, keepdim=True)
         for step, factors in enumerate(self.weight):  # (C,)
             x = torch.addcmul(x, inputs[:, step : step + T], factors)
@@ -190,7 +193,7 @@ class CausalConvolution(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Lets every position think about what it has collected, each on its own.
+    """Lets every position work on what it has collected, each on its own.
 
     Sums of sums are only sums: without a bend in between, a stack of layers could do no more than
     one. So a first layer makes 4 C numbers, of these the negative ones become 0 and the others are
@@ -207,14 +210,15 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each adding to what is already there.
+    """Attention, a short look back, then feed-forward; the first and the last add to what is there.
 
     If every layer replaced its input, the input would be lost on its way through a deep stack, and
     so would be the signal that tells the first layers how to improve. Here each part adds what it
     found, and all that was there before passes through (residual connections, He et al. 2015). As
     such sums grow from block to block, each part reads a copy of usual size, from LayerNorm (in
-    front of it: Xiong et al. 2020). Dropout zeroes a random share of what is added, in training
-    only: so no number can be relied upon, and learning by heart is harder (Srivastava et al. 2014).
+    front of it: Xiong et al. 2020). Dropout zeroes a random share of what is added and enlarges the
+    rest, in training only: so no number can be relied upon, and learning by heart is harder
+    (Srivastava et al. 2014).
     """
 
     def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
@@ -249,7 +253,7 @@ class TinyGPT(nn.Module):
 
     def initialise(self) -> None:
         """Random numbers, but zeros where a result is written: a block begins as "add nothing", the
-        loss as that of blind guessing. The first step moves the unembedding; then all can learn.
+        loss as that of blind guessing. Step 1 teaches the unembedding, 2 what it reads, 3 the rest.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -268,7 +272,7 @@ class TinyGPT(nn.Module):
         past, T = cache.length if cache else 0, ids.shape[1]
         refuse_too_long(past + T, self.block_size)
         rope = self.cos[past : past + T], self.sin[past : past + T]
-        x = layer_norm(self.convolution(self.embedding(ids), cache))  # (B, T, C)
+        x = layer_norm(self.convolution(self.embedding(ids), cache))  # (B, T, C), of usual size
         for block in self.blocks:
             x = block(x, rope, cache)
         if cache:

@@ -1,9 +1,9 @@
 """Chapter 4 of 5: learning from a text.
 
 At the end of this file you know how a model that guesses blindly becomes one that writes. It reads
-a batch, is told how surprised it should be at what came next (the loss), finds out in which
-direction each parameter would raise that surprise (the gradient), takes a small step the other way,
-and repeats: that is `train`, and what stands before it explains its lines. From the chapters before
+a batch, its surprise at what came next is measured (the loss), it is found out in which direction
+each parameter would raise that surprise (the gradient), all take a small step the other way, and so
+on: that is `train`, and what stands before it explains its lines. From the chapters before
 it takes settings, batches and the model; it hands chapter 5 the file tiny_gpt_model.pth.
 """
 
@@ -40,9 +40,9 @@ def evaluate(model: TinyGPT, ids: torch.Tensor) -> float:
 
     The model gives every character a probability p to come next. Its loss is the surprise at the
     one that came, -ln p: 0 if it was sure of it, ln(V) if it guessed blindly among V characters,
-    more if it was sure of another. Its unit, from the natural logarithm, is the nat; its mean is
-    called the cross-entropy. Random batches would give another figure every time; all sequences,
-    side by side, give one that repeats to the last digit. Dropout is off meanwhile.
+    more if it was sure of another. Its unit, from the natural logarithm, is the nat (1.44 bits);
+    its mean is called the cross-entropy. Random batches would give another figure every time; all
+    sequences, side by side, give one that repeats to the last digit. Dropout is off meanwhile.
     """
     block_size, was_training, total = model.block_size, model.training, 0.0
     starts = torch.arange(0, len(ids) - block_size, block_size, device=ids.device)
@@ -59,7 +59,7 @@ def learning_rate_at(step: int, total_steps: int, settings: Hyperparameters) -> 
     """The learning rate, the size of a step, at step number `step`, counted from 0.
 
     The first gradients point in no direction worth following far, and the optimizer's averages,
-    below, are still empty: so the rate climbs during warm-up. From there it falls on a straight
+    below, rest on few of them: so the rate climbs during warm-up. From there it falls on a straight
     line to zero: large steps find the region, small ones settle in it.
     """
     warmup = min(settings.warmup_steps, total_steps // 10)
@@ -71,10 +71,10 @@ def learning_rate_at(step: int, total_steps: int, settings: Hyperparameters) -> 
 def sequence_length_at(epoch: int, settings: Hyperparameters) -> int:
     """How many characters the sequences of an epoch have, counted from 0: few at first.
 
-    A model learns letters and words before it learns what a page is about, and for these short
-    sequences do, which are less work in attention. So the first half of the epochs has sequences of
-    a quarter of block_size, the next quarter of a half. A batch has as many more of them, so that
-    every step learns from as many characters. (after Press et al. 2021, Shortformer)
+    A model learns letters and words before it learns how lines follow each other, and for these
+    short sequences do, which are less work in attention. So the first half of the epochs has
+    sequences of a quarter of block_size, the next quarter of a half; and a batch has as many more
+    of them. (after Press et al. 2021, Shortformer)
     """
     done = (epoch + 1) / settings.epochs
     parts = 4 if done <= 1 / 2 else 2 if done <= 3 / 4 else 1
@@ -84,15 +84,15 @@ def sequence_length_at(epoch: int, settings: Hyperparameters) -> int:
 def make_optimizer(model: TinyGPT, settings: Hyperparameters) -> torch.optim.AdamW:
     """AdamW, which gives every parameter a step size of its own (Loshchilov & Hutter 2019).
 
-    Some parameters have gradients a thousand times those of others; one step size would be too
-    large for these or too small for those. AdamW steps against the average of a parameter's recent
-    gradients (PyTorch calls it exp_avg), divided by their usual size, the root of the average of
-    their squares (exp_avg_sq, which forgets the more slowly the larger beta2 is).
+    Where gradients are a thousand times those elsewhere, a step size for all would be too large;
+    elsewhere, too small. AdamW steps against the average of a parameter's recent gradients (PyTorch
+    calls it exp_avg), divided by their usual size, the root of the average of their squares
+    (exp_avg_sq, which forgets the more slowly the larger beta2 is).
 
     By weight decay, a number loses the share learning_rate * weight_decay of itself at every step,
     so that only what many examples ask for stays. Nearly all parameters are in the large matrices,
-    and only these have room to learn a text by heart. The convolutions, with three factors for each
-    of C numbers, have not, and are spared.
+    the embedding's among them, and only these have room to learn a text by heart. The convolutions,
+    with three factors for each of C numbers, have not, and are spared.
     """
     parameters = list(model.named_parameters())
     matrices = [p for name, p in parameters if "convolution" not in name]
@@ -125,8 +125,8 @@ def train(run: "Trainer") -> None:
             # gradient. PyTorch adds it to what is there, so the batch before is cleared first.
             optimizer.zero_grad(set_to_none=True)
             run.backward(loss)  # loss.backward()
-            # One odd batch can have gradients a hundred times as long as usual, taken as one
-            # vector, and would stay in AdamW's averages for long. It is cut to a usual length.
+            # An odd batch can have gradients many times as long as usual, all taken as one vector,
+            # and would stay in AdamW's averages for long. Cut to gradient_clip, it cannot.
             nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
             run.optimizer_step()  # optimizer.step()
             run.finish_step(loss)
@@ -189,10 +189,11 @@ class Trainer:
         """What an exact resume needs, in tensors and plain Python.
 
         The settings, and a fingerprint of the text to refuse another: a run goes on as it began, or
-        not at all. The step, from which rate, epoch and batch follow; the log so far and the sum of
-        this epoch's losses, to go on with them. The parameters; those of the best epoch, to write
-        with, stand beside this in the file. AdamW's averages, without which its first steps would
-        be blind; the scale of float16; and the state of the random numbers that dropout draws.
+        not at all. The step, from which rate, epoch and batch follow; the log so far, the seconds
+        and the sum of this epoch's losses, to go on with them; the best loss, to know a better
+        epoch. The parameters; those of the best epoch, to write with, stand beside this in the
+        file. AdamW's averages, without which its first steps would be blind; the state of float16's
+        scaler (below); and that of the random numbers, from which dropout draws.
         """
         on_cuda = self.train_ids.is_cuda
         return {
@@ -248,8 +249,9 @@ class Trainer:
 def report(run: Trainer) -> None:
     """One line for the epoch that just ended, and a sample of what the model writes by now.
 
-    Of an epoch, the training loss is the average, the validation loss that at its end: so at first
-    the second may be the lower one. While both fall, the model learns.
+    Of an epoch, the training loss is the average, the validation loss that at its end, on sequences
+    of block_size: so at first the second may be the lower one. While both fall, the model learns;
+    when the first falls and the second rises, it learns by heart.
     """
     epoch, step, train_loss, val_loss, _ = run.history[-1]
     speed = epoch * len(run.train_ids) / run.seconds
@@ -260,7 +262,7 @@ def report(run: Trainer) -> None:
     before = run.history[-2] if epoch > 1 else run.history[-1]
     if train_loss < before[2] and val_loss > before[3]:
         hint = "more dropout, a longer text or a smaller model helps; the file keeps the best epoch"
-        say(run, f"over-fitting: it now learns its text by heart, and unlearns others; {hint}")
+        say(run, f"over-fitting: it seems to learn its text by heart now, and no other; {hint}")
     for line in sample(run).splitlines():
         say(run, f"    {line}")
 
