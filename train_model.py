@@ -259,8 +259,9 @@ def report(run: Trainer) -> None:
     losses = f"step {step:,}  train loss {train_loss:.4f}  val loss {val_loss:.4f}"
     losses += f" ({val_loss / math.log(2):.3f} bits/char)  {speed:,.0f} chars/s  {left} left"
     say(run, f"epoch {epoch}/{run.settings.epochs}  {losses}")
-    before = run.history[-2] if epoch > 1 else run.history[-1]
-    if train_loss < before[2] and val_loss > before[3]:
+    neighbours = zip(run.history, run.history[1:])
+    rises = [new[2] < old[2] and new[3] > old[3] for old, new in neighbours]
+    if sum(rises) == 1 and rises[-1]:  # said once
         hint = "more dropout, a longer text or a smaller model helps; the file keeps the best epoch"
         say(run, f"over-fitting: it seems to learn its text by heart now, and no other; {hint}")
     for line in sample(run).splitlines():

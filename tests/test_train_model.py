@@ -201,7 +201,8 @@ def test_a_sample_after_each_epoch_changes_nothing_and_over_fitting_is_named(her
     out = learn(*TINY, "--dropout", "0.2", "--sample_characters", "20").out
     assert out.count("\n    ") >= 2 and results() == straight and "over-fitting" not in out
     (here / "text.txt").write_text("abcdefgh " * 100 + "hgfedcba " * 11)
-    assert "over-fitting" in learn(*TINY, "--epochs", "8", "--learning_rate", "0.01").out
+    out = learn(*TINY, "--epochs", "8", "--learning_rate", "0.01").out
+    assert out.count("over-fitting") == 1
 
 
 def test_a_finished_file_holds_what_generation_needs_and_nothing_is_left_to_resume(here):
