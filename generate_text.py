@@ -202,10 +202,10 @@ def draw_attention(figure: Any, model: TinyGPT, prompt: str, ids: torch.Tensor) 
     font = font_manager.get_font(font_manager.findfont("DejaVu Sans Mono")).get_charmap()
     shown = prompt[-T:].replace(" ", "\u2423")  # the sign for a space
     shown = [c if c.isprintable() and ord(c) in font else ascii(c)[1:-1] for c in shown]
-    step = 1 + T // 28  # where there are many characters, each label names several
+    step = 1 + T // 25  # where there are many characters, each label names several
     labels = ["".join(shown[i : i + step]) for i in range(0, T, step)]
     style = {"fontsize": 8, "family": "DejaVu Sans Mono"}
-    figure.set_size_inches(4 * H + 2, 4 * layers + 1)
+    figure.set_size_inches(3.2 * H + 2, 3.2 * layers + 1)
     panels = figure.subplots(layers, H, sharex=True, sharey=True, squeeze=False)
     for i, panel in enumerate(panels.flat):
         # Most shares of many are small; the square root leaves them visible.
