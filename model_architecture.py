@@ -144,8 +144,8 @@ class MultiHeadAttention(nn.Module):
         # matrices; so the heads go to the front, where the batch is, and T stays with D.
         heads = self.queries_keys_values(x).view(B, T, 3 * H, D).transpose(1, 2)  # (B, 3H, T, D)
         queries_keys, values = heads.split((2 * H, H), dim=1)
-        # Longer queries and keys make all scores larger, and in training little stops them from
-        # growing until softmax takes one position and no other. (after Henry et al. 2020)
+        # Longer queries and keys make all scores larger; in training they can grow until softmax
+        # takes one position and no other. (after Henry et al. 2020)
         queries_keys = apply_rope(layer_norm(queries_keys), rope)  # (B, 2H, T, D)
         return (*queries_keys.chunk(2, dim=1), values)
 
