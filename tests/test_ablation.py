@@ -42,4 +42,4 @@ def test_counting_is_the_cross_entropy_of_counts_plus_one():
 def test_a_model_that_diverges_is_reported_in_words(monkeypatch, capsys):
     monkeypatch.setattr(ablation, "learning_rate_at", lambda *_: math.nan)
     ablation.main(["--input", __file__, "--steps", "2", "--seeds", "2", "gelu"])
-    assert capsys.readouterr().out.endswith("diverges in 2 of 2 runs | |\n")
+    assert capsys.readouterr().out.endswith("diverges in 2 of 2 runs | | |\n")
