@@ -12,6 +12,7 @@ been there all along. From chapter 4 it takes the file tiny_gpt_model.pth; what 
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import os
 import sys
@@ -221,13 +222,9 @@ def draw_attention(figure: Any, model: TinyGPT, prompt: str, ids: torch.Tensor) 
 
 def picture(path: str) -> str:
     """A check for argparse: the name of a picture, and matplotlib at hand to draw it."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        hint = "pictures need matplotlib: pip install matplotlib"
-        raise argparse.ArgumentTypeError(hint) from error
-    if not path.endswith((".png", ".pdf", ".svg")):
-        raise argparse.ArgumentTypeError(f"{path!a} ends in none of .png, .pdf and .svg")
+    if not importlib.util.find_spec("matplotlib") or path[-4:] not in (".png", ".pdf", ".svg"):
+        hint = "a picture ends in .png, .pdf or .svg, and needs matplotlib: pip install matplotlib"
+        raise argparse.ArgumentTypeError(f"{path!a} cannot be drawn; {hint}")
     return path
 
 

@@ -429,9 +429,7 @@ def save(run: Trainer) -> None:
 
 
 def draw_losses(figure: Any, run: Trainer) -> None:
-    """The losses over the steps, beside what it costs to know nothing about the text, or only how
-    often each character occurs: the entropy of these shares.
-    """
+    """The losses, beside those of guessing blindly and of counting characters (their entropy)."""
     _, steps, train, val, _ = zip(*run.history)
     shares = torch.bincount(run.train_ids.cpu()).double() / len(run.train_ids)
     axes, blind = figure.subplots(), math.log(run.tokenizer.vocab_size)
@@ -442,8 +440,8 @@ def draw_losses(figure: Any, run: Trainer) -> None:
     for loss, name in ((blind, "guessing blindly"), (counting, "counting characters")):
         axes.axhline(loss, color="gray", linestyle=":")
         axes.text(run.total_steps, loss, f"{name}: {loss:.2f}", ha="right", va="bottom")
-    axes.set(xlabel="step", ylabel="loss in nats per character")
-    axes.set(xlim=(0, 1.02 * run.total_steps), ylim=(0, 1.1 * max(blind, *val)))
+    limits = {"xlim": (0, 1.02 * run.total_steps), "ylim": (0, 1.1 * max(blind, *val))}
+    axes.set(xlabel="step", ylabel="loss in nats per character", **limits)
     axes.legend(loc="lower left")
 
 
