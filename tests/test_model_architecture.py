@@ -367,6 +367,7 @@ def tar_of(data):
     return file.getvalue()
 
 
+@pytest.mark.filterwarnings("ignore")  # of old formats
 def test_a_checkpoint_runs_no_command(checkpoint, tmp_path):
     trap, good = tmp_path / "trap", checkpoint.read_bytes()
     command = type("Command", (), {"__reduce__": lambda self: (os.mkdir, (str(trap),))})()
