@@ -263,7 +263,7 @@ def report(run: Trainer) -> None:
     neighbours = zip(run.history, run.history[1:])
     rises = [new[2] < old[2] and new[3] > old[3] for old, new in neighbours]
     if sum(rises) == 1 and rises[-1]:  # said once
-        hint = "more dropout, a longer text or a smaller model helps; the file keeps the best epoch"
+        hint = "more --dropout, a smaller --n_embd or a longer text helps; the best epoch is kept"
         say(run, f"over-fitting: it seems to learn its text by heart now, and no other; {hint}")
     for line in sample(run).splitlines():
         say(run, f"    {line}")
