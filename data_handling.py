@@ -15,6 +15,7 @@ from typing import Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hyperparameters import LAPTOP, UserError, end_with_a_sentence
 
@@ -69,7 +70,7 @@ def unicode_numbers(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
-def load_text(path: str) -> Tuple[CharTokenizer, torch.Tensor]:
+def load_text(path: str) -> Tuple[CharTokenizer, Tensor]:
     """The tokenizer of a UTF-8 text file, and its ids, (characters,) of the tokenizer's id_type.
 
     The file is read twice, first for its characters and then for their ids; and in pieces, so that
@@ -85,9 +86,7 @@ def load_text(path: str) -> Tuple[CharTokenizer, torch.Tensor]:
     return tokenizer, torch.from_numpy(np.frombuffer(ids, dtype=tokenizer.id_type))
 
 
-def split(
-    ids: torch.Tensor, block_size: int, validation_fraction: float
-) -> Tuple[torch.Tensor, torch.Tensor]:
+def split(ids: Tensor, block_size: int, validation_fraction: float) -> Tuple[Tensor, Tensor]:
     """Cut `ids` in two: the first part to learn from, the last part to measure on.
 
     A model can do well on a text that it has met by remembering it, as a pupil can who has seen the
@@ -100,7 +99,7 @@ def split(
     return ids[:cut], ids[cut:]
 
 
-def shuffled_sequences(length: int, block_size: int, seed: int, epoch: int) -> torch.Tensor:
+def shuffled_sequences(length: int, block_size: int, seed: int, epoch: int) -> Tensor:
     """Where the sequences of one epoch begin, (sequences,) int64, in the order of training.
 
     Drawing sequences at random would meet some characters often and others never. Instead the text
@@ -119,9 +118,7 @@ def shuffled_sequences(length: int, block_size: int, seed: int, epoch: int) -> t
     return torch.from_numpy(first + block_size * order)
 
 
-def get_batch(
-    ids: torch.Tensor, starts: torch.Tensor, block_size: int
-) -> Tuple[torch.Tensor, torch.Tensor]:
+def get_batch(ids: Tensor, starts: Tensor, block_size: int) -> Tuple[Tensor, Tensor]:
     """The sequences that begin at `starts`, (B,): inputs and targets, (B, T) int64 each.
 
     B is the number of sequences and T their length. The target of every character is
@@ -156,7 +153,7 @@ def main(argv: Optional[List[str]] = None) -> None:
 # ---- The fold: a first reader goes on to model_architecture.py here. What protects is below. ----
 
 
-def fingerprint(tokenizer: CharTokenizer, ids: torch.Tensor) -> str:
+def fingerprint(tokenizer: CharTokenizer, ids: Tensor) -> str:
     """A short name that no other text has: a run resumes only on the text it began with."""
     digest = hashlib.sha256(tokenizer.characters.encode("utf-8", "surrogatepass"))
     digest.update(ids.numpy())

@@ -19,6 +19,7 @@ import sys
 from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import torch
+from torch import Tensor
 
 from data_handling import CharTokenizer
 from hyperparameters import Parser, UserError, end_with_a_sentence
@@ -26,8 +27,8 @@ from model_architecture import KVCache, TinyGPT, attention_of, load_checkpoint, 
 
 
 def next_probabilities(
-    logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
-) -> torch.Tensor:
+    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> Tensor:
     """Logits (B, V) to the probabilities (B, V) from which the next character is drawn.
 
     Softmax makes probabilities of logits, as it makes shares of scores in attention. A model is
@@ -60,13 +61,13 @@ def next_probabilities(
 @torch.inference_mode()
 def generate(
     model: TinyGPT,
-    prompt: torch.Tensor,
+    prompt: Tensor,
     max_new_tokens: int,
     generator: torch.Generator,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-) -> Iterator[torch.Tensor]:
+) -> Iterator[Tensor]:
     """Continue the ids `prompt`, (B, T); yield the next id of every row, (B,), as it is drawn.
 
     Of a prompt longer than the context window, its end is read. Once the window is full, its newest
@@ -89,9 +90,7 @@ def generate(
             unread, cache = context, KVCache()
 
 
-def write_samples(
-    tokenizer: CharTokenizer, prompt: str, ids: Iterator[torch.Tensor], count: int
-) -> None:
+def write_samples(tokenizer: CharTokenizer, prompt: str, ids: Iterator[Tensor], count: int) -> None:
     """Print the first of `count` samples as it is made, and those made beside it after it."""
     others: List[List[int]] = [[] for _ in range(count - 1)]
     print(prompt, end="", flush=True)
@@ -144,7 +143,7 @@ def read_prompt(wanted: Optional[str], tokenizer: CharTokenizer) -> str:
     return wanted or ("\n" if "\n" in tokenizer.characters else tokenizer.characters[0])
 
 
-def refuse_overflow(logits: torch.Tensor) -> None:
+def refuse_overflow(logits: Tensor) -> None:
     """Raise UserError when the parameters, however finite, led to NaN."""
     if torch.isnan(logits).any():
         raise UserError("the model's parameters are so large that they overflow; train it again")
@@ -194,7 +193,7 @@ def write_picture(path: str, draw: Callable, *what: Any) -> None:
 
 
 @torch.inference_mode()
-def draw_attention(figure: Any, model: TinyGPT, prompt: str, ids: torch.Tensor) -> None:
+def draw_attention(figure: Any, model: TinyGPT, prompt: str, ids: Tensor) -> None:
     """The attention weights over the end of a prompt, ids (T,): a row a layer, a column a head."""
     from matplotlib import colors, font_manager
 

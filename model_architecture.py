@@ -30,23 +30,22 @@ from typing import Any, BinaryIO, Dict, List, Optional, Tuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
 from hyperparameters import LAPTOP, Hyperparameters, UserError, end_with_a_sentence
 
 REACH = 3  # characters that the causal convolution looks back
 ATTENTION_SCALE = 3.0  # see attention_weights
-Rope = Tuple[torch.Tensor, torch.Tensor]
 
 
 # A vector knows its own character, and what comes next depends on those before. So each position
 # forms three vectors of D numbers from its own (read D as C for now): a query, what it looks for; a
 # key, what it can be found by; and a value, what it has to tell. Query and key fit if their dot
 # product, the sum of their products number by number, is large. The position then receives a
-# mixture of all values up to its own, each in the share that its key has earned. The shares are
-# called attention weights.
+# mixture of all values up to its own, each in the share that its key earned, its attention weight.
 
 
-def attention_weights(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+def attention_weights(queries: Tensor, keys: Tensor) -> Tensor:
     """How much each position takes of those up to its own, softmax(3 QK^T / sqrt(D)): (B, H, T, S).
 
     The queries, (B, H, T, D), are those of the last T of the S positions of the keys, (B, H, S, D).
@@ -74,16 +73,16 @@ def attention_weights(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor
 # every place. (RoPE: rotary position embedding, Su et al. 2021)
 
 
-def make_rope(block_size: int, head_size: int) -> Rope:
-    """The cosine and the sine of each arrow's angle at each position, (block_size, D / 2) each."""
+def make_rope(block_size: int, head_size: int) -> Tensor:
+    """The cosine and the sine of each arrow's angle at each position, (2, block_size, D / 2)."""
     # The first arrow turns by 1 radian a position, which tells neighbours apart; slower ones tell
     # near from far; the slowest hardly turn, and compare what is there, wherever it is.
     speeds = 10_000.0 ** (-torch.arange(0, head_size, 2).float() / head_size)  # (D / 2,)
     angles = torch.outer(torch.arange(block_size).float(), speeds)
-    return angles.cos(), angles.sin()
+    return torch.stack((angles.cos(), angles.sin()))
 
 
-def apply_rope(x: torch.Tensor, rope: Rope) -> torch.Tensor:
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     """Turn the arrows of `x`, (B, H, T, D), each by its angle at its position."""
     cos, sin = rope  # (T, D / 2) each
     a, b = x.chunk(2, dim=-1)  # the arrows point to (a, b): (B, H, T, D / 2) each
@@ -92,7 +91,7 @@ def apply_rope(x: torch.Tensor, rope: Rope) -> torch.Tensor:
     return torch.cat(turned, dim=-1)
 
 
-def layer_norm(x: torch.Tensor) -> torch.Tensor:
+def layer_norm(x: Tensor) -> Tensor:
     """Shift and scale the vectors on the last axis of `x` to mean 0 and variance 1, each on its
     own: whatever grew on the way is of usual size again. (LayerNorm, Ba et al. 2016)
     """
@@ -104,16 +103,15 @@ class KVCache:
 
     In writing, each new character would mean reading the whole sequence again. But no position sees
     a later one, so nothing changes at the old ones when a new one arrives. So their keys, values
-    and last inputs of convolutions are kept, and a new character costs the work of one position and
-    a look at what is kept. Old queries are not needed: their mixtures are made. Training has no
-    cache.
+    and last inputs of convolutions are kept (not the queries: their mixtures are made), and a new
+    character costs the work of one position and a look at what is kept. Training has no cache.
     """
 
     def __init__(self) -> None:
         self.length = 0  # positions read so far
-        self.kept: Dict[Tuple[nn.Module, str], torch.Tensor] = {}
+        self.kept: Dict[Tuple[nn.Module, str], Tensor] = {}
 
-    def append(self, part: nn.Module, name: str, new: torch.Tensor, keep: Any = None) -> Any:
+    def append(self, part: nn.Module, name: str, new: Tensor, keep: Any = None) -> Any:
         """`new`, (..., T, n), behind what is kept: (..., S, n). `keep` says how many stay."""
         if (part, name) in self.kept:
             new = torch.cat((self.kept[part, name], new), dim=-2)
@@ -133,10 +131,10 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, n_embd: int, n_head: int) -> None:
         super().__init__()
         self.n_head = n_head
-        self.queries_keys_values = Linear(n_embd, 3 * n_embd, bias=False)  # as nn.Linear
-        self.output = Linear(n_embd, n_embd, bias=False)
+        self.queries_keys_values = nn.Linear(n_embd, 3 * n_embd, bias=False)
+        self.output = nn.Linear(n_embd, n_embd, bias=False)
 
-    def project(self, x: torch.Tensor, rope: Rope) -> Tuple[torch.Tensor, ...]:
+    def project(self, x: Tensor, rope: Tensor) -> Tuple[Tensor, ...]:
         """The queries, keys and values of `x`, (B, T, C): three times (B, H, T, D)."""
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head
@@ -149,7 +147,7 @@ class MultiHeadAttention(nn.Module):
         queries_keys = apply_rope(layer_norm(queries_keys), rope)  # (B, 2H, T, D)
         return (*queries_keys.chunk(2, dim=1), values)
 
-    def forward(self, x: torch.Tensor, rope: Rope, cache: Optional[KVCache] = None) -> torch.Tensor:
+    def forward(self, x: Tensor, rope: Tensor, cache: Optional[KVCache] = None) -> Tensor:
         queries, keys, values = self.project(x, rope)
         if cache is not None:
             keys = cache.append(self, "keys", keys)  # (B, H, S, D)
@@ -158,10 +156,8 @@ class MultiHeadAttention(nn.Module):
             mixture = attention_weights(queries, keys) @ values  # (B, H, T, D)
         else:  # PyTorch's own way to the same, without storing the shares: in training they would
             # fill the memory. It hides the future too (is_causal); one new position has none.
-            how = {
-                "is_causal": cache is None,
-                "scale": ATTENTION_SCALE / math.sqrt(queries.shape[-1]),
-            }
+            scale = ATTENTION_SCALE / math.sqrt(queries.shape[-1])
+            how = {"is_causal": cache is None, "scale": scale}
             mixture = F.scaled_dot_product_attention(queries, keys, values, **how)
         return self.output(mixture.transpose(1, 2).reshape(x.shape))
 
@@ -180,7 +176,7 @@ class CausalConvolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(REACH, n_embd))  # the farthest step back first
 
-    def forward(self, x: torch.Tensor, cache: Optional[KVCache] = None) -> torch.Tensor:
+    def forward(self, x: Tensor, cache: Optional[KVCache] = None) -> Tensor:
         T, is_first = x.shape[1], cache is None or cache.length == 0
         inputs = F.pad(x, (0, 0, REACH, 0)) if is_first else x  # zeros before the first position
         if cache is not None:
@@ -202,10 +198,10 @@ class FeedForward(nn.Module):
 
     def __init__(self, n_embd: int) -> None:
         super().__init__()
-        self.up = Linear(n_embd, 4 * n_embd, bias=False)
-        self.down = Linear(4 * n_embd, n_embd, bias=False)
+        self.up = nn.Linear(n_embd, 4 * n_embd, bias=False)
+        self.down = nn.Linear(4 * n_embd, n_embd, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.down(F.relu(self.up(x)).square())
 
 
@@ -214,11 +210,10 @@ class Block(nn.Module):
 
     If every layer replaced its input, the input would be lost on its way through a deep stack, and
     so would be the signal that tells the first layers how to improve. Here each part adds what it
-    found, and all that was there before passes through (residual connections, He et al. 2015). As
-    such sums grow from block to block, each part reads a copy of usual size, from LayerNorm (in
-    front of it: Xiong et al. 2020). Dropout zeroes a random share of what is added and enlarges the
-    rest, in training only: so no number can be relied upon, and learning by heart is harder
-    (Srivastava et al. 2014).
+    found, and what was there before passes through (residual connections, He et al. 2015). As such
+    sums grow from block to block, each part reads a copy of usual size, from LayerNorm (in front of
+    it: Xiong et al. 2020). Dropout zeroes a random share of what is added and enlarges the rest, in
+    training only: no number can be relied upon, and learning by heart is harder (Srivastava 2014).
     """
 
     def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
@@ -228,7 +223,7 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(n_embd)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: torch.Tensor, rope: Rope, cache: Optional[KVCache] = None) -> torch.Tensor:
+    def forward(self, x: Tensor, rope: Tensor, cache: Optional[KVCache] = None) -> Tensor:
         x = x + self.dropout(self.attention(layer_norm(x), rope, cache))
         nearby = self.convolution(layer_norm(x), cache)
         return x + self.dropout(self.feed_forward(nearby))
@@ -245,10 +240,9 @@ class TinyGPT(nn.Module):
         self.embedding = nn.Embedding(vocab_size, n_embd)
         self.convolution = CausalConvolution(n_embd)
         self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout) for _ in range(n_layer))
-        self.unembedding = Linear(n_embd, vocab_size, bias=False)
-        cos, sin = make_rope(block_size, n_embd // n_head)
-        self.register_buffer("cos", cos, persistent=False)  # they follow from the sizes: no need
-        self.register_buffer("sin", sin, persistent=False)  # to save them
+        self.unembedding = nn.Linear(n_embd, vocab_size, bias=False)
+        rope = make_rope(block_size, n_embd // n_head)
+        self.register_buffer("rope", rope, persistent=False)  # follows from the sizes: not saved
         self.initialise()
 
     def initialise(self) -> None:
@@ -264,14 +258,14 @@ class TinyGPT(nn.Module):
             nn.init.zeros_(block.attention.output.weight)
             nn.init.zeros_(block.feed_forward.down.weight)
 
-    def forward(self, ids: torch.Tensor, cache: Optional[KVCache] = None) -> torch.Tensor:
+    def forward(self, ids: Tensor, cache: Optional[KVCache] = None) -> Tensor:
         """Ids (B, T) to logits (B, T, V): at each position, for the character that comes after it.
 
         With a cache, they follow the ids read before. Raises ValueError for more than block_size.
         """
         past, T = cache.length if cache else 0, ids.shape[1]
         refuse_too_long(past + T, self.block_size)
-        rope = self.cos[past : past + T], self.sin[past : past + T]
+        rope = self.rope[:, past : past + T]  # (2, T, D / 2)
         x = layer_norm(self.convolution(self.embedding(ids), cache))  # (B, T, C), of usual size
         for block in self.blocks:
             x = block(x, rope, cache)
@@ -280,9 +274,9 @@ class TinyGPT(nn.Module):
         return self.unembedding(layer_norm(x))  # (B, T, V)
 
 
-def attention_of(model: TinyGPT, ids: torch.Tensor) -> List[torch.Tensor]:
+def attention_of(model: TinyGPT, ids: Tensor) -> List[Tensor]:
     """The attention weights in every block, (B, H, T, T) each, as the model reads `ids`, (B, T)."""
-    rope, weights = (model.cos[: ids.shape[1]], model.sin[: ids.shape[1]]), []
+    rope, weights = model.rope[:, : ids.shape[1]], []
     x = layer_norm(model.convolution(model.embedding(ids)))  # (B, T, C)
     for block in model.blocks:
         queries, keys, _ = block.attention.project(layer_norm(x), rope)  # (B, H, T, D)
@@ -326,19 +320,6 @@ def refuse_too_long(length: int, block_size: int) -> None:
         raise ValueError(f"{length} characters do not fit into block_size {block_size}")
 
 
-class Linear(nn.Linear):
-    """nn.Linear, in 0.6 of the time when the GPU set writes on a CPU: there, a large matrix times
-    one row keeps one core busy, times two columns all of them.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight
-        if weight.numel() < 100_000 or x.numel() != self.in_features or x.is_cuda:
-            return F.linear(x, weight)
-        columns = x.reshape(1, -1).repeat(2, 1).t()  # (n_in, 2)
-        return (weight @ columns)[:, 0].reshape(*x.shape[:-1], -1)
-
-
 def reason(error: BaseException) -> str:
     """What an error says, in one line."""
     words = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
@@ -352,7 +333,6 @@ FORMAT = 2  # files of format 1 are the first TinyGPT's, and cannot be read; tra
 
 def load_checkpoint(path: str) -> Tuple[TinyGPT, str, Optional[Dict[str, Any]]]:
     """The model on the CPU, its vocabulary, and what a run left to resume. Raises UserError."""
-    hint = "python train_model.py makes one"
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise UserError("it is not a file")
@@ -361,7 +341,8 @@ def load_checkpoint(path: str) -> Tuple[TinyGPT, str, Optional[Dict[str, Any]]]:
             contents = torch.load(plain_zip(file), map_location="cpu", weights_only=True)
         return build_model(contents), contents["vocabulary"], contents.get("training")
     except Exception as error:  # a damaged or forged file can make torch.load raise anything
-        raise UserError(f"{path!a} is not a usable checkpoint: {reason(error)}; {hint}") from error
+        problem = f"{path!a} is not a usable checkpoint: {reason(error)}"
+        raise UserError(f"{problem}; python train_model.py makes one") from error
 
 
 def plain_zip(file: BinaryIO) -> BinaryIO:
@@ -414,10 +395,10 @@ def check_like(name: str, found: Any, like: Any) -> None:
         fits = set(found) == set(like)
         for key in like if fits else ():
             check_like(f"{name}/{key}", found[key], like[key])
-        tensors = [one for one in found.values() if isinstance(one, torch.Tensor)] if fits else []
+        tensors = [one for one in found.values() if isinstance(one, Tensor)] if fits else []
         if len({one.untyped_storage().data_ptr() for one in tensors}) < len(tensors):
             raise UserError(f"its {name} share numbers")  # and claim more than the file has
-    elif fits and isinstance(like, torch.Tensor):
+    elif fits and isinstance(like, Tensor):
         kinds = [(one.layout, one.dtype, one.shape) for one in (found, like)]
         fits = kinds[0] == kinds[1] and not found.is_meta and found.is_contiguous()
         fits = fits and bool(torch.isfinite(found).all())

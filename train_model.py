@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 from data_handling import fingerprint, get_batch, load_text, shuffled_sequences, split
@@ -35,7 +36,7 @@ from model_architecture import FORMAT, SIZES, TinyGPT, check_like, load_checkpoi
 
 
 @torch.no_grad()
-def evaluate(model: TinyGPT, ids: torch.Tensor) -> float:
+def evaluate(model: TinyGPT, ids: Tensor) -> float:
     """The mean loss of `model` over all whole sequences of `ids`, in nats a character.
 
     The model gives every character a probability p to come next. Its loss is the surprise at the
@@ -162,14 +163,14 @@ class Trainer:
         self.loss_sum = torch.zeros((), dtype=kind, device=device)  # over this epoch's steps
         set_up_session(self, device)  # rank, world_size, network, number_format, scaler
 
-    def batches(self, epoch: int) -> Tuple[torch.Tensor, ...]:
+    def batches(self, epoch: int) -> Tuple[Tensor, ...]:
         """Where the sequences begin, (B,) a batch, for the batches of this epoch still to come."""
         self.clock, T = time.perf_counter() - self.seconds, sequence_length_at(epoch, self.settings)
         starts = shuffled_sequences(len(self.train_ids), T, self.settings.seed, epoch)
         batches = starts.to(self.train_ids.device).tensor_split(self.steps_per_epoch)
         return batches[self.step - epoch * self.steps_per_epoch :]
 
-    def finish_step(self, loss: torch.Tensor) -> None:
+    def finish_step(self, loss: Tensor) -> None:
         self.loss_sum += loss.detach()
         self.step += 1
         self.seconds = time.perf_counter() - self.clock
@@ -212,7 +213,7 @@ class Trainer:
             "random_cuda": torch.cuda.get_rng_state(self.train_ids.device) if on_cuda else None,
         }
 
-    def load_state_dict(self, state: Dict[str, Any], best: Dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: Dict[str, Any], best: Dict[str, Tensor]) -> None:
         """Go back to where `state_dict` was called; `best` are the best parameters at that time."""
         self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
         self.best_loss, self.best_parameters = state["best_loss"], best if self.history else None
@@ -230,15 +231,15 @@ class Trainer:
     # and their gradients are averaged: so each loss is multiplied by their number. Small gradients
     # would vanish in float16: the scaler enlarges the loss, and so them, for a while.
 
-    def share(self, starts: torch.Tensor) -> torch.Tensor:
+    def share(self, starts: Tensor) -> Tensor:
         return starts[self.rank :: self.world_size]
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: Tensor) -> Tensor:
         plain, device = self.number_format == torch.float32, inputs.device.type
         with contextlib.nullcontext() if plain else torch.autocast(device, self.number_format):
             return self.network(inputs).float()
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss * self.world_size).backward()
         self.scaler.unscale_(self.optimizer)
 
@@ -305,24 +306,22 @@ def set_up_session(run: Trainer, device: torch.device) -> None:
         # is_bf16_supported() would also say yes to a slow emulation.
         has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
         run.number_format = torch.bfloat16 if has_bfloat16 else torch.float16
-    old = torch.cuda.amp.GradScaler  # in PyTorch 2.2, the last on Intel Macs
-    scaler = getattr(torch.amp, "GradScaler", lambda _, enabled: old(enabled=enabled))
-    run.scaler = scaler(device.type, enabled=run.number_format == torch.float16)
+    # PyTorch 2.2, the last on Intel Macs, has it in another place.
+    scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)
+    run.scaler = scaler(enabled=run.number_format == torch.float16)
 
 
 def compile_and_spread(run: Trainer, wanted: str) -> None:
     """Compile the network, if wanted ("auto": on CUDA) and possible; spread it over processes."""
-    networks = [run.model]
+    run.network = run.model
     if wanted == "on" or (wanted == "auto" and run.train_ids.is_cuda):
-        networks = [torch.compile(run.model, dynamic=False), run.model]
-    for run.network in networks:
         try:
+            run.network = torch.compile(run.model, dynamic=False)
             rehearse(run)
-            break
         except Exception as error:
-            if run.network is run.model:
-                raise
+            run.network = run.model
             say(run, f"warning: the model cannot be compiled here: {reason(error)}")
+    run.estimate = rehearse(run)
     if run.world_size > 1:
         dist.init_process_group("nccl" if run.train_ids.is_cuda else "gloo")
         run.group = dist.new_group(backend="gloo")  # for numbers that are not on a GPU
@@ -331,12 +330,12 @@ def compile_and_spread(run: Trainer, wanted: str) -> None:
             torch.manual_seed(run.settings.seed + run.step + run.rank)
 
 
-def rehearse(run: Trainer) -> None:
-    """Estimate from a few steps, which change nothing, how many seconds the run will take."""
+def rehearse(run: Trainer) -> float:
+    """An estimate of the seconds that the run will take, from three steps that change nothing."""
     ids, settings, times = run.train_ids, run.settings, []
     starts = run.share(torch.zeros(settings.batch_size, dtype=torch.long, device=ids.device))
     with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
-        for _ in range(4):
+        for _ in range(3):
             begin = time.perf_counter()
             inputs, targets = get_batch(ids, starts, settings.block_size)
             logits = run.forward(inputs).flatten(0, 1)
@@ -345,13 +344,13 @@ def rehearse(run: Trainer) -> None:
             loss.item()  # waits for a GPU
             times.append(time.perf_counter() - begin)
     run.model.zero_grad(set_to_none=True)
-    # Measuring costs a third of learning: nothing goes backward. The first step may have compiled.
+    # Measuring costs a third of learning, as nothing goes backward.
     measured = run.steps_per_epoch * len(run.val_ids) / len(ids) / 3
     steps = run.total_steps - run.step + (settings.epochs - len(run.history)) * measured
-    run.estimate = steps * sorted(times[1:])[1]
+    return steps * sorted(times)[1]
 
 
-def over_all(run: Trainer, value: torch.Tensor, how: Any = dist.ReduceOp.SUM) -> Any:
+def over_all(run: Trainer, value: Tensor, how: Any = dist.ReduceOp.SUM) -> Any:
     """The sum, or another combination, of the `value` that each process brings."""
     value = value.detach().cpu().clone()
     if run.world_size > 1:
@@ -459,13 +458,14 @@ def previous_name(path: str) -> str:
     return "{}.previous{}".format(*os.path.splitext(path))
 
 
-def refuse_bad_names(paths: List[str], text: str, session: contextlib.ExitStack) -> None:
+def claim_files(flags: argparse.Namespace, session: contextlib.ExitStack) -> None:
     """Raise UserError for files that cannot be written, or that something else needs.
 
     SQLite has locks for all systems, which end with the process, however it ends. Ours is on an
     empty file among the temporary ones, so that the checkpoint can be read meanwhile.
     """
-    names = [text, *paths, *map(previous_name, paths), *map("{}.part".format, paths)]
+    paths = [flags.checkpoint, flags.training_log, *([flags.plot] if flags.plot else [])]
+    names = [flags.input, *paths, *map(previous_name, paths), *map("{}.part".format, paths)]
     if len({os.path.realpath(name) for name in names}) < len(names):
         raise UserError("--input, --checkpoint, --training_log and --plot need different names")
     for path in paths:
@@ -498,47 +498,47 @@ def choose_settings(flags: Any, device: torch.device, saved: Any) -> Hyperparame
     return settings
 
 
-def resume(run: Trainer, best: TinyGPT, vocabulary: str, state: Dict[str, Any]) -> None:
-    """Continue the run that left `state` and the parameters of `best`, or raise UserError."""
-    if state["text"] != run.text or vocabulary != run.tokenizer.characters:
-        raise UserError("it learns from another text; name that one with --input")
-    like, finished = run.state_dict(), len(state["history"])
-    like["random_cuda"] = state["random_cuda"]  # of a GPU, which need not be here
-    like["scaler"] = {k: 1 if type(v) is int else 1.0 for k, v in state["scaler"].items()}
-    like["history"] = [[1, 1, 1.0, 1.0, 1.0]] * finished
-    if state["optimizer"]:
-        groups = run.optimizer.param_groups
-        parameters = [p.detach() for group in groups for p in group["params"]]
-        averages = [{"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for p in parameters]
-        like["optimizer"] = dict(enumerate(averages))
-    check_like("unfinished run", state, like)
-    this_epoch = state["step"] - finished * run.steps_per_epoch
-    if finished >= run.settings.epochs or not 0 <= this_epoch <= run.steps_per_epoch:
-        raise UserError("its counts of steps and epochs do not fit together")
-    run.load_state_dict(state, dict(best.state_dict()))
+def resume(flags: argparse.Namespace, device: torch.device) -> Trainer:
+    """The unfinished run in the checkpoint, as far as it had come. Raises UserError."""
+    best, vocabulary, state = load_checkpoint(flags.checkpoint)
+    if state is None:
+        print(f"the run in {flags.checkpoint!a} is finished; there is nothing to resume")
+        raise SystemExit(0)
+    try:
+        if type(state) is not dict:
+            raise UserError("its unfinished run is damaged")
+        settings = choose_settings(flags, device, state["settings"])
+        if best.sizes != {name: getattr(settings, name) for name in SIZES}:
+            raise UserError("its settings are not those of its model")
+        run = Trainer(settings, *load_text(flags.input), device)
+        if state["text"] != run.text or vocabulary != run.tokenizer.characters:
+            raise UserError("it learns from another text; name that one with --input")
+        like, finished = run.state_dict(), len(state["history"])
+        like["random_cuda"] = state["random_cuda"]  # of a GPU, which need not be here
+        like["scaler"] = {k: 1 if type(v) is int else 1.0 for k, v in state["scaler"].items()}
+        like["history"] = [[1, 1, 1.0, 1.0, 1.0]] * finished
+        parameters = [p.detach() for g in run.optimizer.param_groups for p in g["params"]]
+        averages = [{"step": torch.ones(()), "exp_avg": p, "exp_avg_sq": p} for p in parameters]
+        like["optimizer"] = dict(enumerate(averages)) if state["optimizer"] else {}
+        check_like("unfinished run", state, like)
+        this_epoch = state["step"] - finished * run.steps_per_epoch
+        if finished >= settings.epochs or not 0 <= this_epoch <= run.steps_per_epoch:
+            raise UserError("its counts of steps and epochs do not fit together")
+        run.load_state_dict(state, dict(best.state_dict()))
+        return run
+    except Exception as error:  # a forged run can raise anything
+        raise UserError(f"cannot resume {flags.checkpoint!a}: {reason(error)}") from error
 
 
 def prepare(flags: argparse.Namespace) -> Trainer:
     """Read text and checkpoint, check everything, build the run and say what it is."""
-    best, vocabulary, state = load_checkpoint(flags.checkpoint) if flags.resume else [None] * 3
-    if flags.resume and state is None:
-        print(f"the run in {flags.checkpoint!a} is finished; there is nothing to resume")
-        raise SystemExit(0)
     device, why = choose_device(flags.device)
-    try:
-        if flags.resume and type(state) is not dict:
-            raise UserError("its unfinished run is damaged")
-        settings = choose_settings(flags, device, state["settings"] if flags.resume else None)
-        if flags.resume and best.sizes != {name: getattr(settings, name) for name in SIZES}:
-            raise UserError("its settings are not those of its model")
+    if flags.resume:
+        run = resume(flags, device)
+    else:
+        settings = choose_settings(flags, device, None)
         torch.manual_seed(settings.seed)  # for initialisation and dropout
         run = Trainer(settings, *load_text(flags.input), device)
-        if flags.resume:
-            resume(run, best, vocabulary, state)
-    except Exception as error:  # a forged run can raise anything
-        if flags.resume:
-            raise UserError(f"cannot resume {flags.checkpoint!a}: {reason(error)}") from error
-        raise
     run.checkpoint, run.training_log, run.plot = flags.checkpoint, flags.training_log, flags.plot
     run.older = [] if flags.resume else [path for path in (run.checkpoint, run.plot) if path]
     compile_and_spread(run, flags.compile)
@@ -548,33 +548,28 @@ def prepare(flags: argparse.Namespace) -> Trainer:
     say(run, f"text      {V} different characters; guessing blindly costs {math.log(V):.4f} nats")
     say(run, f"split     {train:,} characters to learn from, {val:,} to measure on")
     say(run, f"model     {parameters:,} parameters, from {run.step:,} steps of training")
-    say(run, f"training  {settings.epochs} epochs of {run.steps_per_epoch:,} steps")
+    say(run, f"training  {run.settings.epochs} epochs of {run.steps_per_epoch:,} steps")
     say(run, f"time      about {tqdm.format_interval(run.estimate)}, as measured on three steps")
     return run
 
 
 def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     """The flags of `python train_model.py`, one for every setting among them."""
-    parser = Parser(
-        "train_model.py", "%(prog)s [flags]", "Train TinyGPT on a text.", allow_abbrev=False
-    )
-    for flag, kind, default, text in (
-        ("input", str, "input.txt", "the text to learn"),
-        ("checkpoint", str, "tiny_gpt_model.pth", "the model"),
-        ("training_log", str, "training_log.csv", "the losses of each epoch"),
-        ("plot", picture, None, "a picture of the losses, drawn after each epoch"),
+    parser = Parser("train_model.py", "%(prog)s [flags]", "Train TinyGPT.", allow_abbrev=False)
+    for flag, default, kind, text in (
+        ("input", "input.txt", str, "the text to learn (%(default)s)"),
+        ("checkpoint", "tiny_gpt_model.pth", str, "the model (%(default)s)"),
+        ("training_log", "training_log.csv", str, "the losses of each epoch (%(default)s)"),
+        ("plot", None, picture, "a picture of the losses, drawn after each epoch"),
     ):
-        shown = "" if default is None else f" ({default})"
-        parser.add_argument(
-            f"--{flag}", type=kind, default=default, metavar="FILE", help=text + shown
-        )
+        parser.add_argument(f"--{flag}", default=default, type=kind, metavar="FILE", help=text)
     for flag, choices, text in (
         ("device", ["auto", "cpu", "cuda", "mps"], "auto: a CUDA GPU if it works"),
         ("preset", ["auto", "laptop", "gpu"], "settings to begin with, by the device"),
+        ("compile", ["auto", "on", "off"], "compile the model; auto: on a GPU"),
     ):
-        parser.add_argument(f"--{flag}", default="auto", choices=choices, help=text)
-    how = {"nargs": "?", "const": "on", "default": "auto", "choices": ["auto", "on", "off"]}
-    parser.add_argument("--compile", help="compile the model; auto: on a GPU", **how)
+        how = {"nargs": "?", "const": "on"} if flag == "compile" else {}
+        parser.add_argument(f"--{flag}", default="auto", choices=choices, help=text, **how)
     parser.add_argument("--resume", action="store_true", help="continue the run in the checkpoint")
     group = parser.add_argument_group("settings (laptop / GPU)", argument_default=argparse.SUPPRESS)
     for one in fields(Hyperparameters):
@@ -588,8 +583,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     flags = parse(argv)
     with contextlib.ExitStack() as session:
         if os.environ.get("RANK", "0") == "0":
-            names = [flags.checkpoint, flags.training_log, *([flags.plot] if flags.plot else [])]
-            refuse_bad_names(names, flags.input, session)
+            claim_files(flags, session)
         run = prepare(flags)
         # One bar over the whole run. Where stderr is no terminal, there is none (None).
         bar = tqdm(initial=run.step, total=run.total_steps, disable=True if run.rank else None)

@@ -69,7 +69,7 @@ def build(name: str, vocab_size: int, seed: int) -> Tuple[TinyGPT, Hyperparamete
     kind = Unscaled if name == "no-layer-norm" else TinyGPT
     model = kind(vocab_size, s.block_size, s.n_embd, s.n_head, s.n_layer, s.dropout)
     if name == "no-positions":  # every arrow is turned by the angle 0, wherever it stands
-        model.cos, model.sin = torch.ones_like(model.cos), torch.zeros_like(model.sin)
+        model.rope[0], model.rope[1] = 1.0, 0.0  # cosine and sine
     if name == "no-convolution":
         for part in (model, *model.blocks):
             part.convolution = times(1.0)

@@ -34,12 +34,12 @@ def test_a_variant_begins_as_the_full_model_and_learns_something_else(name):
 def test_a_variant_lacks_what_its_name_says():
     x, model = torch.randn(1, 4, 32), ablation.build("no-residuals", 11, seed=1)[0]
     torch.nn.init.zeros_(model.blocks[0].feed_forward.down.weight)
-    assert not model.blocks[0](x, (model.cos[:4], model.sin[:4])).any()  # nothing is left of x
+    assert not model.blocks[0](x, model.rope[:, :4]).any()  # nothing is left of x
     assert ablation.build("one-head", 11, seed=1)[0].blocks[0].attention.n_head == 1
     bend = ablation.build("gelu", 11, seed=1)[0].blocks[0].feed_forward[1]
     assert torch.equal(bend(x), torch.nn.functional.gelu(x))
     model = ablation.build("no-positions", 11, seed=1)[0]
-    assert (model.cos == 1).all() and not model.sin.any()
+    assert (model.rope[0] == 1).all() and not model.rope[1].any()
 
 
 def test_counting_is_the_cross_entropy_of_counts_plus_one():
