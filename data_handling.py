@@ -1,11 +1,12 @@
 """Chapter 2 of 5: how text becomes numbers, and numbers become lessons.
 
-A neural network computes with numbers, so the first question of every language model is how to
-write text down as numbers. Ours takes the simplest answer, one number per character. At the end of
-this file you know what a vocabulary is, why part of the text is kept away from training, and what
-exactly the model is asked in every lesson: given these characters, which one comes next? From
-chapter 1 it takes the settings of one step; it hands chapter 3 a vocabulary, and chapter 4 batches
-of inputs and targets. Run it to see what happens to a few characters of the real text.
+A model computes with numbers, so the first question of every language model is how to write text
+down as numbers. Ours takes the simplest answer, one number per character. At the end of this file
+you know what a vocabulary is, why part of the text is kept away from training, and what exactly the
+model is asked in every lesson: given these characters, which one comes next? From chapter 1 it
+takes the settings of one step; it hands chapter 3 a vocabulary, and chapter 4 batches of inputs and
+targets. Numbers lie in arrays, which PyTorch calls Tensors; (B, T) is a shape, B rows of T numbers.
+Run it to see what happens to a few characters of the real text.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from hyperparameters import LAPTOP, UserError, end_with_a_sentence
 
 
 class CharTokenizer:
-    """Translates characters to numbers, called ids, and back.
+    """Translates characters (other models: longer tokens) to numbers, called ids, and back.
 
     The vocabulary is the sorted set of all characters in a text, and the id of a character is its
     place there. Sorted, because a set has no order: the ids must be the same in every run, or a run
@@ -104,9 +105,9 @@ def shuffled_sequences(length: int, block_size: int, seed: int, epoch: int) -> T
 
     Drawing sequences at random would meet some characters often and others never. Instead the text
     is cut into sequences side by side, and these are shuffled: in one pass over the text, an epoch,
-    each is met once. The first cut is drawn anew for every epoch, so that no character always
-    stands first in its sequence, with nothing before it to guess from, or is left out at an end. It
-    all follows from the arguments, so a run that is resumed finds its place by counting.
+    each is met once. The first cut is drawn anew for every epoch, so that no character is always
+    second in its sequence, with one alone to guess it from, or left out at an end. All follows from
+    the arguments, so a run that is resumed finds its place by counting.
     """
     generator = np.random.default_rng([seed, epoch])
     # One id stays over, the last target, so length - 1 ids can be inputs. The first cut skips 0 to

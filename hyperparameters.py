@@ -35,7 +35,7 @@ class Hyperparameters:
     validation_fraction: float = setting(0.1, 0.1, 0.001, 0.5, "share of the text to measure on")
 
     # How large the model is (chapter 3).
-    n_layer: int = setting(4, 6, 1, 1_000, "blocks of the model, one after the other")
+    n_layer: int = setting(4, 6, 1, 1_000, "blocks of the model, often called layers")
     n_head: int = setting(4, 6, 1, 1_024, "attention heads in each block")
     n_embd: int = setting(128, 384, 2, 65_536, "numbers that describe a position in the model")
     dropout: float = setting(0.0, 0.2, 0.0, 0.99, "share of a block's results zeroed in training")
@@ -43,10 +43,10 @@ class Hyperparameters:
     # How it learns (chapter 4).
     epochs: int = setting(4, 25, 1, 1_000_000, "passes over the training text")
     learning_rate: float = setting(6e-3, 2e-3, 1e-9, 10.0, "size of the largest step")
-    warmup_steps: int = setting(100, 100, 0, 1_000_000, "growing steps at first; a tenth at most")
+    warmup_steps: int = setting(100, 100, 0, 1_000_000, "steps that grow; a tenth of all at most")
     weight_decay: float = setting(0.4, 0.4, 0.0, 100.0, "pull of large matrices towards zero")
     beta2: float = setting(0.95, 0.95, 0.0, 0.99999, "how slowly AdamW forgets squared gradients")
-    gradient_clip: float = setting(1.0, 1.0, 1e-6, 1e6, "length above which a gradient is cut")
+    gradient_clip: float = setting(1.0, 1.0, 1e-6, 1e6, "length to which a longer gradient shrinks")
     seed: int = setting(1337, 1337, 0, 2**63 - 1, "start of all randomness: same seed, same run")
     save_minutes: float = setting(5.0, 5.0, 0.01, 1e6, "minutes between saves in a long epoch")
     sample_characters: int = setting(160, 160, 0, 10_000, "written after each epoch, to watch")

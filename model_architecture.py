@@ -14,9 +14,10 @@ chance. The shapes are written in these letters:
 
 The first step is an embedding. An id is a name, not an amount: 7 is not more than 3. So each id
 looks up a vector of C numbers, which training finds. From there on a position is such a vector, a
-batch has the shape (B, T, C), and every layer takes one and gives one back. The simplest layer is
-Linear, a matrix of parameters: each number it gives is a weighted sum of those it is given. PyTorch
-finds the parameters of a Module by itself, and calls its `forward` when it is called.
+batch has the shape (B, T, C), and every block takes one and gives one back. The simplest layer is
+Linear, a matrix of parameters: each number it gives is a weighted sum of those it is given (with
+bias=False, nothing is added). PyTorch finds the parameters of a Module by itself, and calls its
+`forward` when it is called.
 """
 
 import io
@@ -53,9 +54,9 @@ def attention_weights(queries: Tensor, keys: Tensor) -> Tensor:
     (T, D), S = queries.shape[-2:], keys.shape[-2]
     # A sum of D products of independent numbers of mean 0 and variance 1 has variance D. Undivided,
     # the best of 256 would get 0.6 of the mixture by mere chance (D = 32): too sharp to learn from.
-    # Divided by sqrt(D), it is 1 (Vaswani et al. 2017, 3.2.1), but no score can be above sqrt(D),
-    # as our queries and keys have that length (see project): with all others at 0, the best gets
-    # 0.5 at most, too blunt. Times 3, it can get all. `@` is the matrix product.
+    # Divided by sqrt(D), scores have variance 1 (Vaswani et al. 2017): by chance it gets 0.04. But
+    # none is above sqrt(D), as queries and keys have that length (see project): with all others at
+    # 0, the best gets 0.5. Times 3 is between: 0.4 by chance, all if learned. `@`: matrix product.
     scores = queries @ keys.transpose(-2, -1) * (ATTENTION_SCALE / math.sqrt(D))  # (B, H, T, S)
     # In training, the answer stands in the same sequence, one position later. A position must not
     # look there: minus infinity becomes a share of exactly 0.
@@ -67,8 +68,8 @@ def attention_weights(queries: Tensor, keys: Tensor) -> Tensor:
 # Shuffle what stands before a position, and all this gives the same mixture: attention alone knows
 # no order. It gets in by turning. Take the D numbers of a query or key as D / 2 arrows in a plane,
 # and turn each by an angle that grows with the position. Of two arrows, the dot product depends on
-# their lengths and on the angle between them; turning one by t steps and the other by s changes
-# that angle by t - s steps. So a score now depends on what both positions hold and on how far they
+# their lengths and on the angle between them; turning one m times and the other n times changes
+# that angle by m - n turns. So a score now depends on what both positions hold and on how far they
 # are apart, but not on where in the sequence they stand: what is learned in one place holds in
 # every place. (RoPE: rotary position embedding, Su et al. 2021)
 
@@ -103,8 +104,8 @@ class KVCache:
 
     In writing, each new character would mean reading the whole sequence again. But no position sees
     a later one, so nothing changes at the old ones when a new one arrives. So their keys, values
-    and last inputs of convolutions are kept (not the queries: their mixtures are made), and a new
-    character costs the work of one position and a look at what is kept. Training has no cache.
+    and last inputs of convolutions (below) are kept; not the queries, as their mixtures are made. A
+    new character costs the work of one position and a look back. Training has no cache.
     """
 
     def __init__(self) -> None:
@@ -142,8 +143,8 @@ class MultiHeadAttention(nn.Module):
         # matrices; so the heads go to the front, where the batch is, and T stays with D.
         heads = self.queries_keys_values(x).view(B, T, 3 * H, D).transpose(1, 2)  # (B, 3H, T, D)
         queries_keys, values = heads.split((2 * H, H), dim=1)
-        # Longer queries and keys make all scores larger; in training they can grow until softmax
-        # takes one position and no other. (after Henry et al. 2020)
+        # Longer queries and keys make all scores larger; in training they could grow without end.
+        # LayerNorm gives each the length sqrt(D), which turning keeps. (after Henry et al. 2020)
         queries_keys = apply_rope(layer_norm(queries_keys), rope)  # (B, 2H, T, D)
         return (*queries_keys.chunk(2, dim=1), values)
 
@@ -152,7 +153,7 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             keys = cache.append(self, "keys", keys)  # (B, H, S, D)
             values = cache.append(self, "values", values)
-        if cache is not None and x.shape[1] > 1:  # a prompt
+        if cache is not None and x.shape[1] > 1:  # a prompt, perhaps behind another
             mixture = attention_weights(queries, keys) @ values  # (B, H, T, D)
         else:  # PyTorch's own way to the same, without storing the shares: in training they would
             # fill the memory. It hides the future too (is_causal); one new position has none.
@@ -163,7 +164,7 @@ class MultiHeadAttention(nn.Module):
 
 
 class CausalConvolution(nn.Module):
-    """Adds to every position a little of the three before it.
+    """Mixes into every position a little of the three before it.
 
     The characters just before are the best hint at the next one. Attention can learn to look one
     step back, but takes long to find out; a sum needs only to learn its factors. Each of the C
@@ -209,7 +210,7 @@ class Block(nn.Module):
     """Attention, a short look back, then feed-forward; the first and the last add to what is there.
 
     If every layer replaced its input, the input would be lost on its way through a deep stack, and
-    so would be the signal that tells the first layers how to improve. Here each part adds what it
+    so would be the signal that tells the first layers how to improve. So these two add what they
     found, and what was there before passes through (residual connections, He et al. 2015). As such
     sums grow from block to block, each part reads a copy of usual size, from LayerNorm (in front of
     it: Xiong et al. 2020). Dropout zeroes a random share of what is added and enlarges the rest, in
@@ -246,8 +247,9 @@ class TinyGPT(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """Random numbers, but zeros where a result is written: a block begins as "add nothing", the
-        loss as that of blind guessing. Step 1 teaches the unembedding, 2 what it reads, 3 the rest.
+        """Random numbers, as equal ones would learn the same; but zeros where a result is written:
+        a block begins as "add nothing", the loss as that of blind guessing. So step 1 teaches only
+        the unembedding, 2 what it reads, 3 the rest.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -263,13 +265,13 @@ class TinyGPT(nn.Module):
 
         With a cache, they follow the ids read before. Raises ValueError for more than block_size.
         """
-        past, T = cache.length if cache else 0, ids.shape[1]
+        past, T = 0 if cache is None else cache.length, ids.shape[1]
         refuse_too_long(past + T, self.block_size)
         rope = self.rope[:, past : past + T]  # (2, T, D / 2)
         x = layer_norm(self.convolution(self.embedding(ids), cache))  # (B, T, C), of usual size
         for block in self.blocks:
             x = block(x, rope, cache)
-        if cache:
+        if cache is not None:
             cache.length += T
         return self.unembedding(layer_norm(x))  # (B, T, V)
 
