@@ -12,6 +12,7 @@ been there all along. From chapter 4 it takes the file tiny_gpt_model.pth; what 
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import io
 import os
@@ -60,19 +61,14 @@ def next_probabilities(
 
 @torch.inference_mode()
 def generate(
-    model: TinyGPT,
-    prompt: Tensor,
-    max_new_tokens: int,
-    generator: torch.Generator,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    model: TinyGPT, prompt: Tensor, max_new_tokens: int, generator: torch.Generator, **settings: Any
 ) -> Iterator[Tensor]:
     """Continue the ids `prompt`, (B, T); yield the next id of every row, (B,), as it is drawn.
 
     Of a prompt longer than the context window, its end is read. Once the window is full, its newest
     half is read again into an empty cache; half, so that this is rare. What is kept has seen the
-    oldest characters, so these cannot be dropped alone. Ids are drawn on the CPU, with `generator`.
+    oldest characters, so these cannot be dropped alone. Ids are drawn on the CPU, with `generator`;
+    `settings` are those of next_probabilities.
     """
     model.eval()  # dropout is for learning
     device, block_size = model.embedding.weight.device, model.block_size
@@ -81,7 +77,7 @@ def generate(
     for _ in range(max_new_tokens):
         logits = model(unread.to(device), cache)[:, -1].cpu()  # (B, V)
         refuse_overflow(logits)
-        probabilities = next_probabilities(logits, temperature, top_k, top_p)
+        probabilities = next_probabilities(logits, **settings)
         drawn = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
         yield drawn[:, 0]
         context, unread = torch.cat((context, drawn), dim=1), drawn
@@ -105,28 +101,22 @@ def write_samples(tokenizer: CharTokenizer, prompt: str, ids: Iterator[Tensor], 
 
 def main(argv: Optional[List[str]] = None) -> None:
     """Write as the flags say."""
-    arguments = parse(argv)
-    model, vocabulary, _ = load_checkpoint(arguments.checkpoint)
+    flags = parse(argv)
+    model, vocabulary, _ = load_checkpoint(flags.checkpoint)
     tokenizer = CharTokenizer(vocabulary)
-    prompt = read_prompt(arguments.prompt, tokenizer)
+    prompt = read_prompt(flags.prompt, tokenizer)
     prompt_ids = torch.from_numpy(tokenizer.encode(prompt)).long()  # (T,)
-    if arguments.attention:
-        write_picture(arguments.attention, draw_attention, model, prompt, prompt_ids)
-    device, _ = choose_device(arguments.device)
-    seed = arguments.seed
+    if flags.attention:
+        write_picture(flags.attention, draw_attention, model, prompt, prompt_ids)
+    model, seed = model.to(choose_device(flags.device)[0]), flags.seed
     if seed is None:
         seed = int.from_bytes(os.urandom(4), "big")
         print(f"seed {seed}", file=sys.stderr)  # stdout is for the text alone
-    ids = generate(
-        model.to(device),
-        prompt_ids.repeat(arguments.num_samples, 1),  # (B, T)
-        arguments.max_new_tokens,
-        torch.Generator().manual_seed(seed),
-        arguments.temperature,
-        arguments.top_k,
-        arguments.top_p,
-    )
-    write_samples(tokenizer, prompt, ids, arguments.num_samples)
+    generator = torch.Generator().manual_seed(seed)
+    batch = prompt_ids.repeat(flags.num_samples, 1)  # (B, T)
+    settings = {name: getattr(flags, name) for name in ("temperature", "top_k", "top_p")}
+    ids = generate(model, batch, flags.max_new_tokens, generator, **settings)
+    write_samples(tokenizer, prompt, ids, flags.num_samples)
 
 
 # ---- The fold: a first reader has come to the end of the walk. What protects stands below. -------
@@ -227,38 +217,31 @@ def picture(path: str) -> str:
     return path
 
 
-def number(kind: type, lowest: float, highest: float) -> Callable[[str], float]:
-    """A check for argparse: text to a number of `kind` from `lowest` to `highest`."""
-
-    def check(text: str) -> float:
-        value = kind(text)  # argparse tells of a ValueError itself
-        if not lowest <= value <= highest:
-            raise argparse.ArgumentTypeError(f"{text!a} is not from {lowest} to {highest}")
-        return value
-
-    check.__name__ = kind.__name__
-    return check
-
-
 def parse(argv: Optional[List[str]]) -> argparse.Namespace:
-    """The flags of `python generate_text.py`."""
+    """The flags of `python generate_text.py`. Raises UserError for a number that cannot work."""
     parser = Parser("generate_text.py", description="Write with TinyGPT.", allow_abbrev=False)
-    for flag, kind, default, text in (
-        ("checkpoint", str, "tiny_gpt_model.pth", "the trained model"),
-        ("prompt", str, None, "the text to continue, a line end if absent; - reads it from stdin"),
-        ("attention", picture, None, "a picture to draw of what its characters look at"),
-        ("max_new_tokens", number(int, 0, 10**9), 500, "characters to write"),
-        ("temperature", number(float, 0, 1000), 0.8, "0 takes the likeliest, more is wilder"),
-        ("top_k", number(int, 0, 10**9), 0, "draw from the k likeliest; 0: from all"),
-        ("top_p", number(float, 1e-9, 1), 1.0, "draw from the likeliest that together reach p"),
-        ("num_samples", number(int, 1, 1000), 1, "texts to write side by side"),
-        ("seed", number(int, 0, 2**63 - 1), None, "same seed, same text; a new one if absent"),
-    ):
-        shown = "" if default is None else f" ({default})"
-        parser.add_argument(f"--{flag}", type=kind, default=default, metavar="X", help=text + shown)
-    devices = ["auto", "cpu", "cuda", "mps"]
-    parser.add_argument("--device", choices=devices, default="auto", help="auto: a GPU if it works")
-    return parser.parse_args(argv)
+    add = functools.partial(parser.add_argument, metavar="X")
+    add("--checkpoint", default="tiny_gpt_model.pth", help="the trained model (%(default)s)")
+    add("--prompt", help="the text to continue, a line end if absent; - reads it from stdin")
+    add("--attention", type=picture, help="a picture to draw of what its characters look at")
+    devices = {"choices": ["auto", "cpu", "cuda", "mps"], "default": "auto", "metavar": None}
+    add("--device", **devices, help="auto: a GPU if it works")
+    numbers = (
+        ("max_new_tokens", 500, 0, 10**9, "characters to write (%(default)s)"),
+        ("temperature", 0.8, 0, 1000, "0 takes the likeliest, more is wilder (%(default)s)"),
+        ("top_k", 0, 0, 10**9, "draw from the k likeliest; 0: from all (%(default)s)"),
+        ("top_p", 1.0, 1e-9, 1, "draw from the likeliest that together reach p (%(default)s)"),
+        ("num_samples", 1, 1, 1000, "texts to write side by side (%(default)s)"),
+        ("seed", None, 0, 2**63 - 1, "same seed, same text; a new one if absent"),
+    )
+    for name, default, _, _, text in numbers:
+        add(f"--{name}", default=default, type=type(default or 0), help=text)
+    flags = parser.parse_args(argv)
+    for name, default, lowest, highest, _ in numbers:
+        value = getattr(flags, name)
+        if value != default and not lowest <= value <= highest:
+            parser.error(f"argument --{name}: {value} is not from {lowest} to {highest}")
+    return flags
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ it takes settings, batches and the model; it hands chapter 5 the file tiny_gpt_m
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -19,7 +20,7 @@ import sqlite3
 import sys
 import tempfile
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
@@ -39,11 +40,11 @@ from model_architecture import FORMAT, SIZES, TinyGPT, check_like, load_checkpoi
 def evaluate(model: TinyGPT, ids: Tensor) -> float:
     """The mean loss of `model` over all whole sequences of `ids`, in nats a character.
 
-    The model gives every character a probability p to come next. Its loss is the surprise at the
-    one that came, -ln p: 0 if it was sure of it, ln(V) if it guessed blindly among V characters,
-    more if it was sure of another. Its unit, from the natural logarithm, is the nat (1.44 bits);
-    its mean is called the cross-entropy. Random batches would give another figure every time; all
-    sequences, side by side, give one that repeats to the last digit. Dropout is off meanwhile.
+    Softmax turns the logits into probabilities (cross_entropy does so inside). If the character
+    that came had p, the loss is the surprise at it, -ln p: 0 if the model was sure of it, ln(V) if
+    it guessed blindly among V characters, more if it was sure of another. Its unit, from the
+    natural logarithm, is the nat (1.44 bits); its mean is called the cross-entropy. Random batches
+    would give another figure every time; all sequences, side by side, the same. Dropout is off.
     """
     block_size, was_training, total = model.block_size, model.training, 0.0
     starts = torch.arange(0, len(ids) - block_size, block_size, device=ids.device)
@@ -75,8 +76,8 @@ def sequence_length_at(epoch: int, settings: Hyperparameters) -> int:
 
     A model learns letters and words before it learns how lines follow each other, and for these
     short sequences do, which are less work in attention. So the first half of the epochs has
-    sequences of a quarter of block_size, the next quarter of a half; and a batch has as many more
-    of them. (after Press et al. 2021, Shortformer)
+    sequences of a quarter of block_size, four times as many in a batch, and the next quarter of a
+    half. As scores depend on distances, longer ones can be read, too. (after Press et al. 2021)
     """
     done = (epoch + 1) / settings.epochs
     parts = 4 if done <= 1 / 2 else 2 if done <= 3 / 4 else 1
@@ -87,9 +88,10 @@ def make_optimizer(model: TinyGPT, settings: Hyperparameters) -> torch.optim.Ada
     """AdamW, which gives every parameter a step size of its own (Loshchilov & Hutter 2019).
 
     Where gradients are a thousand times those elsewhere, a step size for all would be too large;
-    elsewhere, too small. AdamW steps against the average of a parameter's recent gradients (PyTorch
-    calls it exp_avg), divided by their usual size, the root of the average of their squares
-    (exp_avg_sq, which forgets the more slowly the larger beta2 is).
+    elsewhere, too small. AdamW steps against the average of a parameter's recent gradients
+    (exp_avg), divided by their usual size, the root of the average of their squares (exp_avg_sq,
+    which forgets the more slowly the larger beta2 is). While they agree, that is about 1, and the
+    parameter moves by the learning rate; where their signs change, by far less.
 
     By weight decay, a number loses the share learning_rate * weight_decay of itself at every step,
     so that only what many examples ask for stays. Nearly all parameters are in the large matrices,
@@ -102,15 +104,14 @@ def make_optimizer(model: TinyGPT, settings: Hyperparameters) -> torch.optim.Ada
     decayed = {"params": matrices, "weight_decay": settings.weight_decay}
     spared = {"params": factors, "weight_decay": 0.0}
     # fused: one step for all parameters at once, which PyTorch has on a CPU since 2.4.
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    fused = {"cuda": True, "cpu": version >= (2, 4)}.get(matrices[0].device.type, False)
+    fused = matrices[0].device.type in (["cuda", "cpu"] if torch.__version__ >= "2.4" else ["cuda"])
     return torch.optim.AdamW([decayed, spared], lr=0.0, betas=(0.9, settings.beta2), fused=fused)
 
 
 def train(run: "Trainer") -> None:
     """Learn, from where the run stands to the end of its last epoch.
 
-    The comment behind a call of `run` is the plain PyTorch for it; class Trainer has the rest.
+    Where the comment behind a call of `run` is code, it is the plain PyTorch for it.
     """
     model, optimizer, settings = run.model, run.optimizer, run.settings
     for epoch in range(len(run.history), settings.epochs):
@@ -123,12 +124,12 @@ def train(run: "Trainer") -> None:
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
             loss = loss / (len(starts) * T)  # the mean over B * T lessons
 
-            # By the chain rule, backward finds how the loss would change with each parameter: its
-            # gradient. PyTorch adds it to what is there, so the batch before is cleared first.
+            # Backward goes from the loss back through all layers to find how it would change with
+            # each parameter: its gradient. PyTorch adds it to the last one, so that is cleared.
             optimizer.zero_grad(set_to_none=True)
             run.backward(loss)  # loss.backward()
             # An odd batch can have gradients many times as long as usual, all taken as one vector,
-            # and would stay in AdamW's averages for long. Cut to gradient_clip, it cannot.
+            # and would rule AdamW's averages for long. Shortened to gradient_clip, it hardly does.
             nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
             run.optimizer_step()  # optimizer.step()
             run.finish_step(loss)
@@ -142,16 +143,18 @@ def train(run: "Trainer") -> None:
 class Trainer:
     """All that one run carries: what it is made of, and how far it has come."""
 
-    def __init__(self, settings: Hyperparameters, tokenizer: Any, ids: Any, device: Any) -> None:
-        self.settings, self.tokenizer = settings, tokenizer
-        self.text = fingerprint(tokenizer, ids)
+    def __init__(self, flags: Any, settings: Hyperparameters, device: torch.device) -> None:
+        self.flags, self.settings = flags, settings
+        self.tokenizer, ids = load_text(flags.input)
+        self.text = fingerprint(self.tokenizer, ids)
         train_ids, val_ids = split(ids, settings.block_size, settings.validation_fraction)
         self.train_ids, self.val_ids = train_ids.to(device), val_ids.to(device)
         sequences = len(shuffled_sequences(len(train_ids), settings.block_size, 0, epoch=0))
         self.steps_per_epoch = math.ceil(sequences / settings.batch_size)
         self.total_steps = settings.epochs * self.steps_per_epoch
         self.sizes = {name: getattr(settings, name) for name in SIZES}
-        self.model = TinyGPT(tokenizer.vocab_size, **self.sizes).to(device).train()
+        torch.manual_seed(settings.seed)  # for initialisation and dropout
+        self.model = TinyGPT(self.tokenizer.vocab_size, **self.sizes).to(device)
         self.optimizer = make_optimizer(self.model, settings)
 
         self.step = 0  # optimizer steps taken, over all epochs
@@ -188,29 +191,23 @@ class Trainer:
         self.loss_sum.zero_()
 
     def state_dict(self) -> Dict[str, Any]:
-        """What an exact resume needs, in tensors and plain Python.
-
-        The settings, and a fingerprint of the text to refuse another: a run goes on as it began, or
-        not at all. The step, from which rate, epoch and batch follow; the log so far, the seconds
-        and the sum of this epoch's losses, to go on with them; the best loss, to know a better
-        epoch. The parameters; those of the best epoch, to write with, stand beside this in the
-        file. AdamW's averages, without which its first steps would be blind; the state of float16's
-        scaler (below); and that of the random numbers, from which dropout draws.
-        """
-        on_cuda = self.train_ids.is_cuda
+        """What an exact resume needs, in tensors and plain Python."""
+        device = self.train_ids.device
         return {
-            "settings": asdict(self.settings),
-            "text": self.text,
-            "step": self.step,
-            "history": self.history,
+            "settings": asdict(self.settings),  # a run goes on as it began, or not at all
+            "text": self.text,  # a fingerprint, to refuse another text
+            "step": self.step,  # from which rate, epoch and batch follow
+            "history": self.history,  # the log so far
             "seconds": self.seconds,
-            "loss_sum": over_all(self, self.loss_sum),
-            "best_loss": self.best_loss,
+            "loss_sum": over_all(self, self.loss_sum),  # of this epoch, to go on with
+            "best_loss": self.best_loss,  # to know a better epoch
+            # To go on with; the best ones so far, to write with, stand beside this in the file.
             "parameters": dict(self.model.state_dict()),
+            # AdamW's averages, without which its first steps would be blind.
             "optimizer": self.optimizer.state_dict()["state"],
-            "scaler": self.scaler.state_dict(),
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state(self.train_ids.device) if on_cuda else None,
+            "scaler": self.scaler.state_dict(),  # of float16, see below
+            "random": torch.get_rng_state(),  # from which dropout draws
+            "random_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }
 
     def load_state_dict(self, state: Dict[str, Any], best: Dict[str, Tensor]) -> None:
@@ -219,9 +216,8 @@ class Trainer:
         self.best_loss, self.best_parameters = state["best_loss"], best if self.history else None
         self.loss_sum.fill_(state["loss_sum"] if self.rank == 0 else 0.0)
         self.model.load_state_dict(state["parameters"])
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
-        if state["scaler"] and self.scaler.is_enabled():
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]})
+        if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"])
         if state["random_cuda"] is not None and self.train_ids.is_cuda:
@@ -253,7 +249,7 @@ def report(run: Trainer) -> None:
 
     Of an epoch, the training loss is the average, the validation loss that at its end, on sequences
     of block_size: so at first the second may be the lower one. While both fall, the model learns;
-    when the first falls and the second rises, it learns by heart.
+    when the first falls and the second rises, it mostly learns by heart.
     """
     epoch, step, train_loss, val_loss, _ = run.history[-1]
     speed = epoch * len(run.train_ids) / run.seconds
@@ -261,9 +257,8 @@ def report(run: Trainer) -> None:
     losses = f"step {step:,}  train loss {train_loss:.4f}  val loss {val_loss:.4f}"
     losses += f" ({val_loss / math.log(2):.3f} bits/char)  {speed:,.0f} chars/s  {left} left"
     say(run, f"epoch {epoch}/{run.settings.epochs}  {losses}")
-    neighbours = zip(run.history, run.history[1:])
-    rises = [new[2] < old[2] and new[3] > old[3] for old, new in neighbours]
-    if sum(rises) == 1 and rises[-1]:  # said once
+    before = run.history[max(0, epoch - 2)]
+    if train_loss < before[2] and val_loss > before[3] == run.best_loss:
         hint = "more --dropout, a smaller --n_embd or a longer text helps; the best epoch is kept"
         say(run, f"over-fitting: it seems to learn its text by heart now, and no other; {hint}")
     for line in sample(run).splitlines():
@@ -298,23 +293,21 @@ def say(run: Trainer, line: str) -> None:
 def set_up_session(run: Trainer, device: torch.device) -> None:
     """Give a run what belongs to this process, on this device, and to no checkpoint."""
     run.rank, run.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    run.stop_signal, run.last_save, run.unsaved = 0, time.monotonic(), ""
-    run.number_format = torch.float32
+    run.stop_signal, run.last_save = 0, time.monotonic()
+    run.owns_checkpoint = run.flags.resume  # or else what is there may be another run's
+    run.network, run.number_format = run.model, torch.float32
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # what stays in 32 bits may use TF32
-        # is_bf16_supported() would also say yes to a slow emulation.
-        has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
-        run.number_format = torch.bfloat16 if has_bfloat16 else torch.float16
-    # PyTorch 2.2, the last on Intel Macs, has it in another place.
-    scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)
+        recent = torch.cuda.get_device_capability(device) >= (8, 0)  # others emulate bfloat16
+        run.number_format = torch.bfloat16 if recent else torch.float16
+    scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)  # PyTorch 2.2: there
     run.scaler = scaler(enabled=run.number_format == torch.float16)
 
 
-def compile_and_spread(run: Trainer, wanted: str) -> None:
+def compile_and_spread(run: Trainer) -> None:
     """Compile the network, if wanted ("auto": on CUDA) and possible; spread it over processes."""
-    run.network = run.model
-    if wanted == "on" or (wanted == "auto" and run.train_ids.is_cuda):
+    if run.flags.compile == "on" or (run.flags.compile == "auto" and run.train_ids.is_cuda):
         try:
             run.network = torch.compile(run.model, dynamic=False)
             rehearse(run)
@@ -323,8 +316,7 @@ def compile_and_spread(run: Trainer, wanted: str) -> None:
             say(run, f"warning: the model cannot be compiled here: {reason(error)}")
     run.estimate = rehearse(run)
     if run.world_size > 1:
-        dist.init_process_group("nccl" if run.train_ids.is_cuda else "gloo")
-        run.group = dist.new_group(backend="gloo")  # for numbers that are not on a GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if run.train_ids.is_cuda else "gloo")
         run.network = nn.parallel.DistributedDataParallel(run.network)
         if run.rank > 0:  # the same dropout everywhere would waste the others' randomness
             torch.manual_seed(run.settings.seed + run.step + run.rank)
@@ -332,21 +324,19 @@ def compile_and_spread(run: Trainer, wanted: str) -> None:
 
 def rehearse(run: Trainer) -> float:
     """An estimate of the seconds that the run will take, from three steps that change nothing."""
-    ids, settings, times = run.train_ids, run.settings, []
-    starts = run.share(torch.zeros(settings.batch_size, dtype=torch.long, device=ids.device))
+    ids, times = run.train_ids, []
+    starts = torch.zeros(run.settings.batch_size, dtype=torch.long, device=ids.device)
+    inputs, _ = get_batch(ids, run.share(starts), run.settings.block_size)
     with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
         for _ in range(3):
             begin = time.perf_counter()
-            inputs, targets = get_batch(ids, starts, settings.block_size)
-            logits = run.forward(inputs).flatten(0, 1)
-            loss = F.cross_entropy(logits, targets.flatten(), reduction="sum")
+            loss = run.forward(inputs).sum()
             loss.backward()
             loss.item()  # waits for a GPU
             times.append(time.perf_counter() - begin)
     run.model.zero_grad(set_to_none=True)
     # Measuring costs a third of learning, as nothing goes backward.
-    measured = run.steps_per_epoch * len(run.val_ids) / len(ids) / 3
-    steps = run.total_steps - run.step + (settings.epochs - len(run.history)) * measured
+    steps = (run.total_steps - run.step) * (1 + len(run.val_ids) / len(ids) / 3)
     return steps * sorted(times)[1]
 
 
@@ -354,13 +344,13 @@ def over_all(run: Trainer, value: Tensor, how: Any = dist.ReduceOp.SUM) -> Any:
     """The sum, or another combination, of the `value` that each process brings."""
     value = value.detach().cpu().clone()
     if run.world_size > 1:
-        dist.all_reduce(value, op=how, group=run.group)
+        dist.all_reduce(value, op=how)
     return value.tolist()
 
 
 def note_signals(run: Trainer, session: contextlib.ExitStack) -> None:
     """The first Ctrl-C or SIGTERM waits for the end of the step; a second quits at once."""
-    numbers = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+    numbers = (signal.SIGINT, signal.SIGTERM)
 
     def note(number: int, _: Any) -> None:
         run.stop_signal = number
@@ -368,22 +358,18 @@ def note_signals(run: Trainer, session: contextlib.ExitStack) -> None:
             signal.signal(each, signal.SIG_DFL)
 
     for number in numbers:
-        # A SIGHUP that is ignored is nohup's doing: the run is to outlive its terminal.
-        if number in numbers[:2] or signal.getsignal(number) != signal.SIG_IGN:
-            session.callback(signal.signal, number, signal.signal(number, note))
+        session.callback(signal.signal, number, signal.signal(number, note))
 
 
 def save_or_stop_if_due(run: Trainer) -> None:
     """After a step: see that the loss is a number, save when it is time, stop when asked to."""
     due = time.monotonic() - run.last_save > 60 * run.settings.save_minutes
-    votes = torch.tensor([run.stop_signal, due], dtype=torch.long)
-    stop_signal, due = over_all(run, votes, dist.ReduceOp.MAX)  # all after the same step
+    # Of several processes, each has a vote, so that all of them stop after the same step.
+    stop_signal, due = over_all(run, torch.tensor([run.stop_signal, due]), dist.ReduceOp.MAX)
     if stop_signal or due or run.step % 50 == 0:
         refuse_divergence(run, run.loss_sum.item())
     if stop_signal or due:
-        save(run)
-    if stop_signal and run.unsaved:
-        raise UserError(f"stopped at step {run.step:,}, but not saved: {run.unsaved}")
+        save(run, last=stop_signal > 0)
     if stop_signal:
         say(run, "stopped and saved; the same command with --resume behind it continues")
         raise SystemExit(128 + stop_signal)
@@ -396,10 +382,10 @@ def refuse_divergence(run: Trainer, loss: float) -> None:
         raise UserError(f"the loss is no longer a number at step {run.step:,}; {hint}")
 
 
-def save(run: Trainer) -> None:
-    """Write log and checkpoint. A full disk must not end a night of training: it is only said."""
-    run.last_save, vocabulary = time.monotonic(), run.tokenizer.characters
-    contents = {"format": FORMAT, "sizes": run.sizes, "vocabulary": vocabulary}
+def save(run: Trainer, last: bool = False) -> None:
+    """Write log and checkpoint. A full disk is only said, unless it was the `last` chance."""
+    run.last_save = time.monotonic()
+    contents = {"format": FORMAT, "sizes": run.sizes, "vocabulary": run.tokenizer.characters}
     contents["parameters"] = run.best_parameters or dict(run.model.state_dict())
     if len(run.history) < run.settings.epochs:
         contents["training"] = run.state_dict()  # all processes take part in this
@@ -409,22 +395,37 @@ def save(run: Trainer) -> None:
     log, checkpoint = "\n".join(rows).replace(" ", "").encode("ascii"), io.BytesIO()
     torch.save(contents, checkpoint)
     try:
-        while run.older:  # files of another run
-            keep_older(run, run.older[0], b"")
-            run.older.pop(0)
+        if not run.owns_checkpoint:
+            keep_older(run, run.flags.checkpoint, b"")
         if run.history:  # first: a resumed run writes it again, a finished one could not
-            keep_older(run, run.training_log, log)
-            write_whole(run.training_log, log)
-        write_whole(run.checkpoint, checkpoint.getbuffer())
-        run.unsaved = ""
+            keep_older(run, run.flags.training_log, log)
+            write_whole(run.flags.training_log, log)
+        write_whole(run.flags.checkpoint, checkpoint.getbuffer())
+        run.owns_checkpoint = True
     except OSError as error:
-        run.unsaved = str(error)
-        say(run, f"warning: not saved at step {run.step:,}: {run.unsaved}")
+        problem = f"not saved at step {run.step:,}: {error}"
+        if last or "training" not in contents:
+            raise UserError(problem) from error
+        say(run, f"warning: {problem}")
     try:
-        if run.plot and run.history:
-            write_picture(run.plot, draw_losses, run)
+        if run.flags.plot and run.history:
+            write_picture(run.flags.plot, draw_losses, run)
     except Exception as error:  # whatever it is, a picture must not end a run
         say(run, f"warning: no picture at step {run.step:,}: {error}")
+
+
+def keep_older(run: Trainer, path: str, new: bytes) -> None:
+    """Keep what is there as PATH.previous, unless `new` only continues it."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        older = file.read()
+        if not new.startswith(older):
+            write_whole(previous_name(path), older)
+            say(run, f"kept what was there as {previous_name(path)!a}")
+
+
+def previous_name(path: str) -> str:
+    """The name beside `path` under which an older file of that name is kept."""
+    return "{}.previous{}".format(*os.path.splitext(path))
 
 
 def draw_losses(figure: Any, run: Trainer) -> None:
@@ -444,48 +445,33 @@ def draw_losses(figure: Any, run: Trainer) -> None:
     axes.legend(loc="lower left")
 
 
-def keep_older(run: Trainer, path: str, new: bytes) -> None:
-    """Keep what is there as PATH.previous, unless `new` only continues it."""
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        older = file.read()
-        if not new.startswith(older):
-            write_whole(previous_name(path), older)
-            say(run, f"kept what was there as {previous_name(path)!a}")
-
-
-def previous_name(path: str) -> str:
-    """The name beside `path` under which an older file of that name is kept."""
-    return "{}.previous{}".format(*os.path.splitext(path))
-
-
-def claim_files(flags: argparse.Namespace, session: contextlib.ExitStack) -> None:
+def claim_files(flags: Any, session: contextlib.ExitStack) -> None:
     """Raise UserError for files that cannot be written, or that something else needs.
 
-    SQLite has locks for all systems, which end with the process, however it ends. Ours is on an
-    empty file among the temporary ones, so that the checkpoint can be read meanwhile.
+    SQLite's locks work on all systems, and end with the process, however it ends. Ours is on an
+    empty temporary file, so that the checkpoint can be read meanwhile.
     """
     paths = [flags.checkpoint, flags.training_log, *([flags.plot] if flags.plot else [])]
     names = [flags.input, *paths, *map(previous_name, paths), *map("{}.part".format, paths)]
-    if len({os.path.realpath(name) for name in names}) < len(names):
+    if len(set(map(os.path.realpath, names))) < len(names):
         raise UserError("--input, --checkpoint, --training_log and --plot need different names")
     for path in paths:
         if not path or (os.path.exists(path) and not os.path.isfile(path)):
             raise UserError(f"{path!a} is not a file and cannot be replaced by one; name another")
-        name = os.path.normcase(os.path.realpath(path)).encode("utf-8", "replace")
-        name = f"tiny_gpt_{hashlib.sha256(name).hexdigest()[:24]}.lock"
+        name = hashlib.sha256(os.fsencode(os.path.normcase(os.path.realpath(path)))).hexdigest()
         try:
-            lock = sqlite3.connect(os.path.join(tempfile.gettempdir(), name), timeout=0)
+            lock = sqlite3.connect(f"{tempfile.gettempdir()}/tiny_gpt_{name}.lock", timeout=0)
             session.callback(lock.close)
             lock.execute("BEGIN EXCLUSIVE")
-        except (OSError, sqlite3.OperationalError) as error:  # without locks, the run goes on
+        except sqlite3.OperationalError as error:  # where there are no locks, the run goes on
             if "locked" in str(error):
-                hint = "wait for it, or name other files with --checkpoint and --training_log"
-                raise UserError(f"another run is writing {path!a}; {hint}") from error
+                problem = f"another run is writing {path!a}; wait for its end, or name other files"
+                raise UserError(problem) from error
         write_whole(f"{path}.part", b"")  # raises OSError where nothing can be written
         os.remove(f"{path}.part")
 
 
-def choose_settings(flags: Any, device: torch.device, saved: Any) -> Hyperparameters:
+def choose_settings(flags: Any, device: torch.device, saved: Any = None) -> Hyperparameters:
     """The preset, changed by the flags; on resume the saved settings, which no flag may change."""
     gpu = flags.preset == "gpu" or (flags.preset == "auto" and device.type != "cpu")
     preset = asdict(GPU if gpu else LAPTOP) if saved is None or flags.preset != "auto" else {}
@@ -498,50 +484,64 @@ def choose_settings(flags: Any, device: torch.device, saved: Any) -> Hyperparame
     return settings
 
 
-def resume(flags: argparse.Namespace, device: torch.device) -> Trainer:
+def resume(flags: Any, device: torch.device) -> Trainer:
     """The unfinished run in the checkpoint, as far as it had come. Raises UserError."""
     best, vocabulary, state = load_checkpoint(flags.checkpoint)
     if state is None:
         print(f"the run in {flags.checkpoint!a} is finished; there is nothing to resume")
         raise SystemExit(0)
     try:
-        if type(state) is not dict:
-            raise UserError("its unfinished run is damaged")
-        settings = choose_settings(flags, device, state["settings"])
-        if best.sizes != {name: getattr(settings, name) for name in SIZES}:
+        settings = choose_settings(flags, device, dict(state)["settings"])
+        if replace(settings, **best.sizes) != settings:
             raise UserError("its settings are not those of its model")
-        run = Trainer(settings, *load_text(flags.input), device)
+        run = Trainer(flags, settings, device)
         if state["text"] != run.text or vocabulary != run.tokenizer.characters:
             raise UserError("it learns from another text; name that one with --input")
-        like, finished = run.state_dict(), len(state["history"])
+        finished, like = len(state["history"]), run.state_dict()
+        this_epoch = state["step"] - finished * run.steps_per_epoch
+        if finished >= settings.epochs or not 0 <= this_epoch <= run.steps_per_epoch:
+            raise UserError("its counts of steps and epochs do not fit together")
+        like["history"] = [[1, 1, 1.0, 1.0, 1.0]] * finished
         like["random_cuda"] = state["random_cuda"]  # of a GPU, which need not be here
         like["scaler"] = {k: 1 if type(v) is int else 1.0 for k, v in state["scaler"].items()}
-        like["history"] = [[1, 1, 1.0, 1.0, 1.0]] * finished
         parameters = [p.detach() for g in run.optimizer.param_groups for p in g["params"]]
         averages = [{"step": torch.ones(()), "exp_avg": p, "exp_avg_sq": p} for p in parameters]
         like["optimizer"] = dict(enumerate(averages)) if state["optimizer"] else {}
         check_like("unfinished run", state, like)
-        this_epoch = state["step"] - finished * run.steps_per_epoch
-        if finished >= settings.epochs or not 0 <= this_epoch <= run.steps_per_epoch:
-            raise UserError("its counts of steps and epochs do not fit together")
         run.load_state_dict(state, dict(best.state_dict()))
         return run
     except Exception as error:  # a forged run can raise anything
         raise UserError(f"cannot resume {flags.checkpoint!a}: {reason(error)}") from error
 
 
-def prepare(flags: argparse.Namespace) -> Trainer:
-    """Read text and checkpoint, check everything, build the run and say what it is."""
+def parse(argv: Optional[List[str]]) -> argparse.Namespace:
+    """The flags of `python train_model.py`, one for every setting among them."""
+    parser = Parser("train_model.py", "%(prog)s [flags]", "Train TinyGPT.", allow_abbrev=False)
+    file = functools.partial(parser.add_argument, metavar="FILE")
+    file("--input", default="input.txt", help="the text to learn (%(default)s)")
+    file("--checkpoint", default="tiny_gpt_model.pth", help="the model (%(default)s)")
+    file("--training_log", default="training_log.csv", help="losses by epoch (%(default)s)")
+    file("--plot", type=picture, help="a picture of the losses, drawn after each epoch")
+    choice = functools.partial(parser.add_argument, default="auto")
+    choice("--device", choices=["auto", "cpu", "cuda", "mps"], help="auto: a CUDA GPU if it works")
+    choice("--preset", choices=["auto", "laptop", "gpu"], help="auto: by the device")
+    choice("--compile", choices=["auto", "on", "off"], nargs="?", const="on", help="auto: on a GPU")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the checkpoint")
+    group = parser.add_argument_group("settings (laptop / GPU)", argument_default=argparse.SUPPRESS)
+    for one in fields(Hyperparameters):
+        text = f"{one.metadata['help']} ({one.default} / {one.metadata['gpu']})"
+        group.add_argument(f"--{one.name}", type=one.type, metavar="X", help=text)
+    return parser.parse_args(argv)
+
+
+def prepare(flags: Any) -> Trainer:
+    """The run that the flags ask for, new or resumed, ready to learn; says what it is."""
     device, why = choose_device(flags.device)
     if flags.resume:
         run = resume(flags, device)
     else:
-        settings = choose_settings(flags, device, None)
-        torch.manual_seed(settings.seed)  # for initialisation and dropout
-        run = Trainer(settings, *load_text(flags.input), device)
-    run.checkpoint, run.training_log, run.plot = flags.checkpoint, flags.training_log, flags.plot
-    run.older = [] if flags.resume else [path for path in (run.checkpoint, run.plot) if path]
-    compile_and_spread(run, flags.compile)
+        run = Trainer(flags, choose_settings(flags, device), device)
+    compile_and_spread(run)
     V, train, val = run.tokenizer.vocab_size, len(run.train_ids), len(run.val_ids)
     parameters = sum(p.numel() for p in run.model.parameters())
     say(run, f"device    {device} ({why}), {str(run.number_format)[6:]} matrix products")
@@ -551,31 +551,6 @@ def prepare(flags: argparse.Namespace) -> Trainer:
     say(run, f"training  {run.settings.epochs} epochs of {run.steps_per_epoch:,} steps")
     say(run, f"time      about {tqdm.format_interval(run.estimate)}, as measured on three steps")
     return run
-
-
-def parse(argv: Optional[List[str]]) -> argparse.Namespace:
-    """The flags of `python train_model.py`, one for every setting among them."""
-    parser = Parser("train_model.py", "%(prog)s [flags]", "Train TinyGPT.", allow_abbrev=False)
-    for flag, default, kind, text in (
-        ("input", "input.txt", str, "the text to learn (%(default)s)"),
-        ("checkpoint", "tiny_gpt_model.pth", str, "the model (%(default)s)"),
-        ("training_log", "training_log.csv", str, "the losses of each epoch (%(default)s)"),
-        ("plot", None, picture, "a picture of the losses, drawn after each epoch"),
-    ):
-        parser.add_argument(f"--{flag}", default=default, type=kind, metavar="FILE", help=text)
-    for flag, choices, text in (
-        ("device", ["auto", "cpu", "cuda", "mps"], "auto: a CUDA GPU if it works"),
-        ("preset", ["auto", "laptop", "gpu"], "settings to begin with, by the device"),
-        ("compile", ["auto", "on", "off"], "compile the model; auto: on a GPU"),
-    ):
-        how = {"nargs": "?", "const": "on"} if flag == "compile" else {}
-        parser.add_argument(f"--{flag}", default="auto", choices=choices, help=text, **how)
-    parser.add_argument("--resume", action="store_true", help="continue the run in the checkpoint")
-    group = parser.add_argument_group("settings (laptop / GPU)", argument_default=argparse.SUPPRESS)
-    for one in fields(Hyperparameters):
-        text = f"{one.metadata['help']} ({one.default} / {one.metadata['gpu']})"
-        group.add_argument(f"--{one.name}", type=one.type, metavar="X", help=text)
-    return parser.parse_args(argv)
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -595,16 +570,13 @@ def main(argv: Optional[List[str]] = None) -> None:
             if run.world_size == 1 or "memory" in str(error):
                 raise
             raise UserError(f"another process of this run has ended ({reason(error)})") from error
-        if run.unsaved:
-            raise UserError(f"training is done, but its result is not saved: {run.unsaved}")
         best = min(run.history, key=lambda row: row[3])
-        say(run, f"done: {run.checkpoint!a} has epoch {best[0]}, validation loss {best[3]:.4f}")
-        say(run, f"let it write:  python generate_text.py --checkpoint {run.checkpoint!a}")
+        say(run, f"done: {flags.checkpoint!a} has epoch {best[0]}, validation loss {best[3]:.4f}")
+        say(run, f"let it write:  python generate_text.py --checkpoint {flags.checkpoint!a}")
 
 
 if __name__ == "__main__":
     status = end_with_a_sentence(main, lower="batch_size, block_size, n_layer or n_embd")
-    sys.stdout.flush()
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         os._exit(status)  # PyTorch 2.4 can hang in parting
     sys.exit(status)

@@ -23,7 +23,6 @@ import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 import train_model  # noqa: E402
-from data_handling import load_text  # noqa: E402
 from generate_text import generate  # noqa: E402
 from hyperparameters import GPU, LAPTOP, Hyperparameters  # noqa: E402
 from model_architecture import TinyGPT  # noqa: E402
@@ -53,10 +52,8 @@ def training_speed() -> dict:
 
     A parameter costs 6 FLOP a character: a product and a sum forward, twice that backward.
     """
-    tokenizer, ids = load_text(str(ROOT / "input.txt"))
-    torch.manual_seed(LAPTOP.seed)
-    run, peak = Timed(LAPTOP, tokenizer, ids, torch.device("cpu")), matrix_product_peak()
-    run.network = run.model
+    flags, peak = train_model.parse(["--input", str(ROOT / "input.txt")]), matrix_product_peak()
+    run = Timed(flags, LAPTOP, torch.device("cpu"))
     with contextlib.suppress(StopIteration):
         train_model.train(run)
     peak = (peak + matrix_product_peak()) / 2

@@ -28,16 +28,8 @@ KILLS = int(os.environ.get("TINYGPT_KILLS", 50))
 EPOCHS = 3
 RUN = [*TINY, "--dropout", "0.2", "--epochs", str(EPOCHS)]
 INSIDE = ["--checkpoint", "out/model.pth", "--training_log", "out/log.csv"]
-pytestmark = [helpers.needs_posix, pytest.mark.usefixtures("here", "hangup")]
+pytestmark = [helpers.needs_posix, pytest.mark.usefixtures("here")]
 tqdm.monitor_interval = 0  # its thread might hold a lock while a test forks
-
-
-@pytest.fixture
-def hangup():
-    """Hanging up is not ignored, as it would be under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +63,7 @@ def test_resuming_gives_the_same_bits_wherever_a_run_was_interrupted(here, strai
     assert set(contents(here)) == {"text.txt", "model.pth", "log.csv"}
 
 
-@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_saves_and_the_same_command_with_resume_continues(straight, name, status):
     odd = "it's a \u00e9 $HOME"
     os.rename("text.txt", f"{odd}.txt")
@@ -88,13 +80,6 @@ def test_a_second_signal_quits_at_once(here):
         with at_step(5, number, number):
             assert forked(RUN) in (-number, 128 + number)
         assert list(contents(here)) == ["text.txt"]
-
-
-def test_an_ignored_hangup_stays_ignored(straight):
-    """`nohup` means that the run outlives its terminal."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    assert stopped_at(3, *RUN, number=signal.SIGHUP).status == 0
-    assert results() == straight
 
 
 def test_an_interrupt_before_the_first_step_leaves_everything_as_it_was(here, monkeypatch):
