@@ -51,7 +51,7 @@ class CharTokenizer:
 
     @property
     def id_type(self) -> type:
-        """The smallest whole-number type for every id (no uint16: PyTorch cannot look it up)."""
+        """The smallest whole-number type for every id (no uint16: PyTorch hardly knows it)."""
         largest = self.vocab_size - 1
         return next(t for t in (np.uint8, np.int16, np.int32) if largest <= np.iinfo(t).max)
 
@@ -122,9 +122,9 @@ def shuffled_sequences(length: int, block_size: int, seed: int, epoch: int) -> T
 def get_batch(ids: Tensor, starts: Tensor, block_size: int) -> Tuple[Tensor, Tensor]:
     """The sequences that begin at `starts`, (B,): inputs and targets, (B, T) int64 each.
 
-    B is the number of sequences and T their length. The target of every character is
-    the one after it, so the targets are the inputs moved by one; and one sequence holds T lessons:
-    guess the second character from the first, the third from the first two, and so on.
+    B is the number of sequences, T their length. The target of every character is the one after it,
+    so the targets are the inputs moved by one, and one sequence holds T lessons: guess the second
+    character from the first, the third from the first two, ... (A column plus a row is a table.)
     """
     places = starts[:, None] + torch.arange(block_size + 1, device=ids.device)  # (B, T + 1)
     sequences = ids[places].long()

@@ -3,7 +3,7 @@
 A language model is a function that says what comes next in a text. It has very many adjustable
 numbers, its parameters (800,000 on a laptop), which training finds. The few that a person chooses
 beforehand are its hyperparameters, or settings. This file lists them; most words in it are new, and
-chapters 2 to 4 explain them. All files use this table; running this one prints it.
+chapters 2 to 4 explain them. All files import this one; running it prints the table.
 """
 
 import argparse
@@ -22,10 +22,10 @@ def setting(laptop: Any, gpu: Any, lowest: float, highest: float, text: str) -> 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Every choice that a run depends on. Frozen: no code changes one behind the reader's back.
+    """The choices that a run can vary. Frozen: no code changes one behind the reader's back.
 
-    The first number in a line is for a laptop, the second for a GPU. Change one for all later runs;
-    `python train_model.py --n_layer 6` changes one for this run. Raises UserError for nonsense.
+    The first number in a line is for a laptop (LAPTOP, below), the second for a GPU. Change one for
+    all later runs; `python train_model.py --n_layer 6` does for one. UserError for nonsense.
     """
 
     # What one step of training sees (chapter 2): batch_size sequences of block_size characters.

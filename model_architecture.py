@@ -55,10 +55,10 @@ def attention_weights(queries: Tensor, keys: Tensor) -> Tensor:
     # the best of 256 would get 0.6 of the mixture by mere chance (D = 32): too sharp to learn from.
     # Divided by sqrt(D), scores have variance 1 (Vaswani et al. 2017): by chance it gets 0.04. But
     # none is above sqrt(D), as queries and keys have that length (see project): with all others at
-    # 0, the best gets 0.5. Times 3 is between: 0.4 by chance, all if learned. `@`: matrix product.
+    # 0, the best gets 0.5. Times 3 is between: 0.3 by chance, all if learned. `@`: matrix product.
     scores = queries @ keys.transpose(-2, -1) * (ATTENTION_SCALE / math.sqrt(D))  # (B, H, T, S)
     # In training, the answer stands in the same sequence, one position later. A position must not
-    # look there: minus infinity becomes a share of exactly 0.
+    # look there (triu: True right of a diagonal): minus infinity becomes a share of exactly 0.
     future = torch.ones(T, S, dtype=torch.bool, device=scores.device).triu(S - T + 1)
     # Softmax turns scores into shares: e to the power of each, divided by the sum of these.
     return scores.masked_fill(future, -math.inf).softmax(dim=-1)
@@ -168,8 +168,8 @@ class CausalConvolution(nn.Module):
     The characters just before are the best hint at the next one. Attention can learn to look one
     step back, but takes long to find out; a sum needs only to learn its factors. Each of the C
     numbers has three, one for each step back, which begin as 0, "add nothing": a causal depthwise
-    convolution (after So et al. 2021, Primer). Five in a row, on a laptop, reach 15 back: attention
-    is for what stands farther away, or at no fixed distance.
+    convolution (after So et al. 2021, Primer). One before the blocks and one in each of four reach
+    15 back, on a laptop: attention is for what stands farther away, or at no fixed distance.
     """
 
     def __init__(self, n_embd: int) -> None:
@@ -211,8 +211,8 @@ class Block(nn.Module):
     If every layer replaced its input, the input would be lost on its way through a deep stack, and
     so would be the signal that tells the first layers how to improve. So these two add what they
     found, and what was there before passes through (residual connections, He et al. 2015). As such
-    sums grow from block to block, each part reads a copy of usual size, from LayerNorm (in front of
-    it: Xiong et al. 2020). Dropout zeroes a random share of what is added and enlarges the rest, in
+    sums grow from block to block, attention and convolution read a copy of usual size (LayerNorm in
+    front: Xiong et al. 2020). Dropout zeroes a random share of what is added, enlarges the rest, in
     training only: no number can be relied upon, and learning by heart is harder (Srivastava 2014).
     """
 
@@ -247,8 +247,8 @@ class TinyGPT(nn.Module):
 
     def initialise(self) -> None:
         """Random numbers, as equal ones would learn the same; but zeros where a result is written:
-        a block begins as "add nothing", the loss as that of blind guessing. So step 1 teaches only
-        the unembedding, 2 what it reads, 3 the rest.
+        a block begins as "add nothing", the model as one that guesses blindly. So step 1 teaches
+        only the unembedding, 2 what it reads, 3 the rest.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):

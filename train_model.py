@@ -89,9 +89,9 @@ def make_optimizer(model: TinyGPT, settings: Hyperparameters) -> torch.optim.Ada
 
     Where gradients are a thousand times those elsewhere, a step size for all would be too large;
     elsewhere, too small. AdamW steps against the average of a parameter's recent gradients
-    (exp_avg), divided by their usual size, the root of the average of their squares (exp_avg_sq,
-    which forgets the more slowly the larger beta2 is). While they agree, that is about 1, and the
-    parameter moves by the learning rate; where their signs change, by far less.
+    (exp_avg; 0.9 of it stays each time), divided by their usual size, the root of the average of
+    their squares (exp_avg_sq; of this, beta2 stays). While gradients agree, that is about 1, and
+    the parameter moves by the learning rate; where their signs change, by far less.
 
     By weight decay, a number loses the share learning_rate * weight_decay of itself at every step,
     so that only what many examples ask for stays. Nearly all parameters are in the large matrices,

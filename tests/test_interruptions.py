@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from functools import partial
 
@@ -30,6 +31,7 @@ RUN = [*TINY, "--dropout", "0.2", "--epochs", str(EPOCHS)]
 INSIDE = ["--checkpoint", "out/model.pth", "--training_log", "out/log.csv"]
 pytestmark = [helpers.needs_posix, pytest.mark.usefixtures("here")]
 tqdm.monitor_interval = 0  # its thread might hold a lock while a test forks
+tqdm.set_lock(threading.RLock())  # its own is for all processes: one killed with it blocks the rest
 
 
 @pytest.fixture(scope="module")
