@@ -350,7 +350,7 @@ def over_all(run: Trainer, value: Tensor, how: Any = dist.ReduceOp.SUM) -> Any:
 
 def note_signals(run: Trainer, session: contextlib.ExitStack) -> None:
     """The first Ctrl-C or SIGTERM waits for the end of the step; a second quits at once."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
     def note(number: int, _: Any) -> None:
         run.stop_signal = number
@@ -358,7 +358,9 @@ def note_signals(run: Trainer, session: contextlib.ExitStack) -> None:
             signal.signal(each, signal.SIG_DFL)
 
     for number in numbers:
-        session.callback(signal.signal, number, signal.signal(number, note))
+        # A SIGHUP that is ignored is nohup's doing: the run is to outlive its terminal.
+        if number in numbers[:2] or signal.getsignal(number) != signal.SIG_IGN:
+            session.callback(signal.signal, number, signal.signal(number, note))
 
 
 def save_or_stop_if_due(run: Trainer) -> None:

@@ -1,16 +1,14 @@
 """What each ingredient buys: `python tests/ablation.py`, about half an hour on two slow CPU cores.
 
-There is a good reason for every part of a model, but good reasons are cheap: whether a part earns
-its place shows only when the rest has to do without it. So each variant here lacks one part, or has
-a plainer one, and learns as the full model does: laptop settings, which were chosen for that one,
-the same text, seeds and number of steps. What it does worse then is what the part buys, at this
-size and this early; a difference that changes its sign from seed to seed says nothing.
+Whether a part earns its place shows only when the rest has to do without it. So each variant lacks
+one part, or has a plainer one, and learns as the full model does: laptop settings, which were
+chosen for that one, the same text, seeds, batches, numbers to begin with and number of steps. A
+difference that changes its sign from seed to seed says nothing.
 
-It prints a table in Markdown, row by row: the exact validation loss in nats, mean of the seeds, and
-the spread, largest minus smallest; and how much worse than the full model it is, seed by seed, with
-the same batches and the same numbers to begin with. Other figures to compare with: blind guessing,
-and counting how often a character occurs, or follows another one, in the text to learn from. Names
-of variants, if given, choose among them: `python tests/ablation.py full gelu --seeds 1`.
+It prints a table in Markdown: the exact validation loss in nats, mean of the seeds; the spread,
+largest minus smallest; and how much worse than the full model it is, seed by seed. To compare with:
+blind guessing, and counting how often a character occurs, or follows another one. Names of
+variants, if given, choose among them: `python tests/ablation.py full gelu --seeds 1`.
 """
 
 import argparse

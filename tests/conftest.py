@@ -1,6 +1,8 @@
 """What holds for every test."""
 
+import os
 import signal
+import tempfile
 
 import helpers
 import pytest
@@ -11,7 +13,16 @@ helpers.settings.register_profile("tests", deadline=None, derandomize=True, max_
 helpers.settings.load_profile("tests")
 # A shell that starts the tests in the background lets them, and all they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, lambda *_: None)  # neither ignored, as under nohup, nor deadly
 torch.set_num_threads(1)  # more threads only get in each other's way with models this small
+os.fsync = lambda _: None  # nobody pulls the plug, and much of the time would be spent waiting
+
+
+@pytest.fixture(scope="session", autouse=True)
+def locks(tmp_path_factory):
+    """Locks have a folder of their own, also those of other processes."""
+    tempfile.tempdir = os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("locks"))
 
 
 @pytest.fixture

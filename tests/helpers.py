@@ -2,14 +2,14 @@
 
 import contextlib
 import io
+import itertools
+import multiprocessing
 import os
 import random
 import runpy
 import signal
 import subprocess
 import sys
-import tempfile
-import traceback
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -81,23 +81,29 @@ def write_checkpoint(path, model, vocabulary, **training):
 
 @contextlib.contextmanager
 def working_in(folder):
-    """Inside, `folder` is the current directory, with a text in it; locks are kept elsewhere."""
-    before = os.getcwd()
+    """Inside, `folder` is the current directory, with a text in it."""
     folder.mkdir(exist_ok=True)
     (folder / "text.txt").write_text(make_text(), encoding="utf-8")
     with contextlib.ExitStack() as stack:
-        locks = stack.enter_context(tempfile.TemporaryDirectory())
-        stack.enter_context(mock.patch.object(tempfile, "tempdir", locks))
-        stack.enter_context(mock.patch.dict(os.environ, TMPDIR=locks))
-        stack.callback(os.chdir, before)
+        stack.callback(os.chdir, os.getcwd())
         os.chdir(folder)
         yield folder
 
 
-def contents(folder):
+def contents(folder="."):
     """Every file in `folder` with its bytes, every folder in it with None."""
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(Path(folder).rglob("*"))}
     return {name: None if path.is_dir() else path.read_bytes() for name, path in paths.items()}
+
+
+def restore(files):
+    """Put back into the current directory what `contents` found there, and take away all else."""
+    now = contents()
+    for name in set(now) - set(files):
+        os.remove(name)
+    for name, data in files.items():
+        if now.get(name) != data:
+            Path(name).write_bytes(data)
 
 
 def log_rows(path="log.csv"):
@@ -126,31 +132,55 @@ class Outcome(NamedTuple):
         return self.err[:-1]
 
 
-def call(main, argv, stdin=b""):
+def call(main, argv=(), stdin=b""):
     """`main(argv)` as its script would call it, in this process, with its output caught."""
     out, err = io.StringIO(), io.StringIO()
     typed = io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             with mock.patch("sys.stdin", typed):
-                status = end_with_a_sentence(main, argv, lower="the settings")
+                status = end_with_a_sentence(main, list(argv), lower="the settings")
     except SystemExit as end:
         status = end.code or 0
     return Outcome(status, out.getvalue(), err.getvalue())
 
 
+def refusal(function, *arguments, **named):
+    """The sentence with which a function refuses what it was given."""
+    return call(lambda _: function(*arguments, **named)).sentence()
+
+
 def train(*argv):
     """Train in this process."""
-    return call(train_model.main, list(argv))
+    return call(train_model.main, argv)
 
 
-def python(*command, folder, stdin=subprocess.DEVNULL, **environment):
-    """Start `python COMMAND` in `folder`, with one thread: so sums have the same last digit."""
-    plain = {k: v for k, v in os.environ.items() if k not in ("PYTHONIOENCODING", "PYTHONUTF8")}
-    one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    files = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    command = [sys.executable, *map(str, command)]
-    return subprocess.Popen(command, cwd=folder, env={**plain, **one, **environment}, **files)
+def learn(*argv):
+    """A run that must succeed."""
+    done = train(*argv)
+    assert (done.status, done.err) == (0, ""), done
+    return done
+
+
+def refused(*argv):
+    """The sentence with which a run is refused; nothing was done before."""
+    before = contents()
+    done = train(*argv)
+    assert done.out == "" and contents() == before, argv
+    return done.sentence()
+
+
+def stopped_at(step, *argv, number=signal.SIGINT):
+    """A run that gets the signal when it has taken that many steps in this session."""
+    with at_step(step, number):
+        return train(*argv)
+
+
+def python(*command, **environment):
+    """Start `python COMMAND` here, with one thread: so sums have the same last digit."""
+    files = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen([sys.executable, *map(str, command)], env=environment, **files)
 
 
 def outcome(process):
@@ -164,36 +194,32 @@ def outcome(process):
 
 
 def fork(action):
-    """Start a copy of this process, which calls `action` for its exit status. It cannot hang."""
+    """Start a copy of this process, which calls `action` for its exit status."""
+    exits = {"target": lambda: sys.exit(action()), "daemon": True}
+    process = multiprocessing.get_context("fork").Process(**exits)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of NumPy's threads, which wait for nothing
-        process = os.fork()
-    if process == 0:
-        status = 99
-        try:
-            signal.alarm(DEADLINE)
-            status = action()
-        except Exception:
-            traceback.print_exc()
-            sys.stderr.flush()
-        finally:
-            os._exit(status)
+        process.start()
     return process
 
 
 def ended(process):
-    """The exit status of a copy; below zero, the signal that killed it."""
-    status = os.waitpid(process, 0)[1]
-    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+    """The exit status of a copy; below zero, the signal that killed it; None if it hangs."""
+    process.join(DEADLINE)
+    return process.exitcode
 
 
-def fork_script(name, *argv, out, err, before=lambda: None):
-    """Start a script in a copy: as `python NAME ARGV`, but without seconds of imports."""
+def fork_script(name, *argv, out, err=None, before=lambda: None):
+    """Start a script in a copy: as `python NAME ARGV`, but without seconds of imports.
+
+    `out` and `err` are files by name or number; without `err`, all goes to `out`.
+    """
 
     def run():
         sys.argv = [name, *map(str, argv)]
-        for number, stream in ((1, "stdout"), (2, "stderr")):
-            os.dup2({1: out, 2: err}[number], number)
+        for number, stream, file in ((1, "stdout", out), (2, "stderr", err or out)):
+            opened = file if isinstance(file, int) else os.open(file, os.O_CREAT | os.O_WRONLY)
+            os.dup2(opened, number)
             setattr(sys, stream, open(number, "w", closefd=False))
         before()
         try:
@@ -209,37 +235,32 @@ def fork_script(name, *argv, out, err, before=lambda: None):
 @contextlib.contextmanager
 def at_step(number, *actions):
     """Inside, after that many optimizer steps, actions are called and signals raised."""
-    taken = 0
 
     def count(*_):
-        nonlocal taken
-        taken += 1
-        for action in actions if taken == number else ():
+        for action in actions if next(steps) == number else ():
             action() if callable(action) else signal.raise_signal(action)
 
-    handle = register_optimizer_step_post_hook(count)
-    try:
+    steps = itertools.count(1)
+    with contextlib.ExitStack() as stack:
+        stack.callback(register_optimizer_step_post_hook(count).remove)
         yield
-    finally:
-        handle.remove()
 
 
 @contextlib.contextmanager
-def limited(memory=0, file=0):
-    """Inside, this process may use `memory` bytes more than now, and write files of `file` bytes.
-
-    A file that grows larger fails as on a full disk. Memory is limited on Linux only.
+def limited(kind, size):
+    """Inside, this process may write files of `size` bytes (kind "FSIZE"): one that grows larger
+    fails as on a full disk. Or it may use `size` bytes more than now ("AS", on Linux only).
     """
-    wanted = {"RLIMIT_FSIZE": file} if file else {}
-    if memory and sys.platform == "linux":
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-        wanted["RLIMIT_AS"] = pages * os.sysconf("SC_PAGE_SIZE") + memory
-    with contextlib.ExitStack() as stack:
-        for name, size in wanted.items():
-            import resource
+    if kind == "AS" and sys.platform != "linux":
+        yield
+        return
+    import resource
 
-            kind = getattr(resource, name)
-            before = resource.getrlimit(kind)
-            stack.callback(resource.setrlimit, kind, before)
-            resource.setrlimit(kind, (size, before[1]))
+    if kind == "AS":
+        size += int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    kind = getattr(resource, f"RLIMIT_{kind}")
+    before = resource.getrlimit(kind)
+    with contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, kind, before)
+        resource.setrlimit(kind, (size, before[1]))
         yield

@@ -5,15 +5,16 @@ import io
 import os
 import re
 import signal
-import subprocess
+from unittest import mock
 
 import helpers
 import pytest
 import torch
-from helpers import LETTERS, ROOT, call, given, st, tiny_model, write_checkpoint
+from helpers import LETTERS, call, given, st, tiny_model, write_checkpoint
 
 from data_handling import CharTokenizer
 from generate_text import generate, main, next_probabilities, write_samples
+from hyperparameters import end_with_a_sentence
 from model_architecture import TinyGPT
 
 KNOWN = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.7, 0.1, 0.1, 0.1]])
@@ -26,9 +27,6 @@ def close(one, other, tolerance=1e-6):
     return torch.allclose(one.double(), other.double(), rtol=0, atol=tolerance)
 
 
-# ---- Logits become probabilities ---------------------------------------------------------------
-
-
 def test_the_temperature_sets_the_odds_and_0_puts_all_on_the_best():
     for temperature, power in ((1, 1), (0.5, 2), (2, 0.5), (0.25, 4)):
         expected = KNOWN**power / (KNOWN**power).sum(dim=-1, keepdim=True)
@@ -36,22 +34,19 @@ def test_the_temperature_sets_the_odds_and_0_puts_all_on_the_best():
     assert torch.equal(next_probabilities(KNOWN.log(), 0), ONE_HOT.double())
 
 
-def test_top_p_keeps_the_fewest_that_reach_p_in_each_row_of_a_batch():
+def test_top_k_keeps_the_likeliest_and_top_p_the_fewest_that_reach_p():
     # Ranked, the first row reads 0.5, 0.25, 0.15, 0.1. Two of them make 0.75, three make 0.9.
     for top_p, kept in ((0.3, [1]), (0.6, [1, 3]), (0.8, [1, 2, 3]), (0.95, [0, 1, 2, 3])):
         expected = torch.zeros(1, 4)
         expected[:, kept] = KNOWN[:1, kept] / KNOWN[0, kept].sum()
         assert close(next_probabilities(KNOWN.log(), top_p=top_p)[:1], expected)
+        assert close(next_probabilities(KNOWN[:1].log(), top_k=len(kept)), expected)
     assert close(next_probabilities(KNOWN.log(), top_p=0.6)[1:], ONE_HOT[1:])
     # Two of four equals reach one half exactly.
     assert next_probabilities(torch.zeros(1, 4), top_p=0.5).tolist() == [[0.5, 0.5, 0, 0]]
-
-
-def test_top_k_keeps_the_k_likeliest_and_top_p_counts_what_it_and_temperature_left():
-    two = torch.tensor([[0, 2 / 3, 0, 1 / 3]])
-    assert close(next_probabilities(KNOWN[:1].log(), top_k=2), two)
+    # It counts what the others left: of the two likeliest, or at temperature 1/2, the best has 2/3
+    # or 0.5**2 / 0.345 = 0.72.
     assert close(next_probabilities(KNOWN[:1].log(), top_k=2, top_p=0.6), ONE_HOT[:1])
-    # At temperature 1/2 the best alone has 0.5**2 / 0.345 = 0.72.
     assert close(next_probabilities(KNOWN[:1].log(), 0.5, top_p=0.7), ONE_HOT[:1])
 
 
@@ -59,26 +54,18 @@ TEMPERATURES = st.sampled_from([0.0, 5e-324, 1e-300, 1e-9, 1000.0]) | st.floats(
 
 
 @given(LOGITS, TEMPERATURES, st.integers(0, 12), st.floats(1e-9, 1))
-def test_whatever_the_settings_every_row_is_a_distribution(logits, temperature, top_k, top_p):
-    before = logits.clone()
-    probabilities = next_probabilities(logits, temperature, top_k, top_p)
+def test_every_row_is_a_distribution_and_greedy_ones_take_exactly_one(logits, t, top_k, top_p):
+    before, greedy = logits.clone(), next_probabilities(logits, 0)
+    probabilities = next_probabilities(logits, t, top_k, top_p)
     assert torch.isfinite(probabilities).all() and (probabilities >= 0).all()
     assert close(probabilities.sum(dim=-1), torch.ones(len(logits)))
     assert top_k == 0 or ((probabilities > 0).sum(dim=-1) <= top_k).all()
     assert (probabilities.gather(1, logits.argmax(-1, True)) > 0).all()  # the best always stays
-    assert torch.equal(logits, before)  # a pure function
-
-
-@given(LOGITS, st.floats(1e-9, 1))
-def test_top_k_1_and_a_tiny_top_p_are_greedy_and_of_equals_take_exactly_one(logits, top_p):
-    greedy = next_probabilities(logits, 0)
-    assert torch.equal(next_probabilities(logits, top_k=1, top_p=top_p), greedy)
-    assert torch.equal(next_probabilities(logits, top_p=1e-9), greedy)
     assert torch.equal(greedy.amax(dim=-1), torch.ones(len(logits)).double())
     assert torch.equal(logits.gather(1, greedy.argmax(-1, True))[:, 0], logits.amax(-1))
-
-
-# ---- The loop ----------------------------------------------------------------------------------
+    assert torch.equal(next_probabilities(logits, top_k=1, top_p=top_p), greedy)
+    assert torch.equal(next_probabilities(logits, top_p=1e-9), greedy)
+    assert torch.equal(logits, before)  # a pure function
 
 
 def ids_of(model, prompt, count, seed=0, **settings):
@@ -151,25 +138,20 @@ def test_characters_are_drawn_as_often_as_their_probabilities_say(temperature):
     assert close(shares, expected / expected.sum(), tolerance=0.03)
 
 
-# ---- The program -------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def write(checkpoint):
     """Call it with flags, and with what is typed, to get the outcome of one run."""
-
-    def run(*flags, typed=b""):
-        return call(main, ["--checkpoint", str(checkpoint), "--device", "cpu", *flags], typed)
-
-    return run
+    always = ["--checkpoint", str(checkpoint), "--device", "cpu"]
+    return lambda *flags, typed=b"": call(main, [*always, *flags], typed)
 
 
-def test_stdout_holds_the_prompt_what_generate_makes_and_a_line_end(write):
+def test_stdout_holds_the_whole_prompt_what_generate_makes_and_a_line_end(write):
     flags = ["--max_new_tokens", "70", "--seed", "9", "--top_k", "5", "--top_p", "0.9"]
-    done = write("--prompt", "rose", *flags)
-    prompt = torch.tensor([[LETTERS.index(character) for character in "rose"]])
-    ids = ids_of(tiny_model(), prompt, 70, seed=9, temperature=0.8, top_k=5, top_p=0.9)
-    assert done == (0, "rose" + "".join(LETTERS[i] for i in ids[0]) + "\n", "")
+    for text in ("rose", "a rose also not read"):  # of the second, the window has the end only
+        prompt = torch.tensor([[LETTERS.index(character) for character in text]])
+        ids = ids_of(tiny_model(), prompt, 70, seed=9, temperature=0.8, top_k=5, top_p=0.9)
+        written = text + "".join(LETTERS[i] for i in ids[0]) + "\n"
+        assert write("--prompt", text, *flags) == (0, written, "")
 
 
 def test_without_flags_500_characters_follow_a_line_end_and_stderr_tells_the_seed(write):
@@ -183,17 +165,9 @@ def test_without_flags_500_characters_follow_a_line_end_and_stderr_tells_the_see
 def test_samples_are_written_one_after_the_other(write):
     for count, length in ((1, 0), (5, 0), (1, 40), (2, 40), (5, 40)):
         flags = ["--num_samples", str(count), "--max_new_tokens", str(length)]
-        samples = re.split(r"^-+\n", write("--prompt", "rose", *flags).out, flags=re.MULTILINE)
+        samples = re.split(r"(?m)^-+\n", write("--prompt", "rose", *flags).out)
         assert len(samples) == count and (len(set(samples)) == count or length == 0)
-        for sample in samples:
-            assert re.fullmatch(f"rose(.|\n){{{length}}}\n", sample)
-
-
-def test_a_prompt_longer_than_the_window_is_printed_whole_though_only_its_end_matters(write):
-    flags = ["--max_new_tokens", "30", "--seed", "3"]
-    long = write("--prompt", "a rose also " + "not read", *flags).out
-    short = write("--prompt", "not read", *flags).out  # as many characters as the window has
-    assert long == "a rose also " + short and len(short) == 8 + 30 + 1
+        assert all(re.fullmatch(f"rose(.|\n){{{length}}}\n", sample) for sample in samples)
 
 
 def test_a_prompt_can_come_from_stdin_and_be_empty(write, tmp_path):
@@ -210,62 +184,53 @@ def test_a_prompt_can_come_from_stdin_and_be_empty(write, tmp_path):
 
 def test_a_prompt_that_the_model_cannot_read_is_refused(write):
     for character in ("Q", "\u20ac", "\U0001f600", "\udce4", "\0"):
-        sentence = write("--prompt", f"rose{character}").sentence()
+        sentence = write("--prompt", f"rose{character}Q").sentence()  # the first is named
         assert f"(U+{ord(character):04X}) at position 4;" in sentence
     assert "UTF-8 at byte 4" in write("--prompt", "-", typed=b"rose\xff").sentence()
 
 
-def test_a_checkpoint_that_cannot_write_is_refused(write, tmp_path):
-    mute, huge, model = tmp_path / "mute.pth", tmp_path / "huge.pth", tiny_model()
-    with pytest.warns(UserWarning):  # of PyTorch, about a model without characters
-        write_checkpoint(mute, tiny_model(0), "")
-    for path in (tmp_path / "none.pth", tmp_path, mute):
-        assert path.name in write("--checkpoint", str(path)).sentence()
-    torch.nn.init.constant_(model.unembedding.weight, 3e38)  # its numbers overflow
-    write_checkpoint(huge, model, LETTERS)
-    assert write("--checkpoint", str(huge)).status in (0, 2)
+def test_a_checkpoint_that_is_missing_or_overflows_is_refused(write, tmp_path):
+    path, model = str(tmp_path / "huge.pth"), tiny_model()
+    assert "huge.pth" in write("--checkpoint", path).sentence()
+    torch.nn.init.constant_(model.blocks[0].attention.queries_keys_values.weight, 3e38)
+    write_checkpoint(path, model, LETTERS)
+    assert "overflow" in write("--checkpoint", path, "--seed", "1").sentence()
+
+
+IMPOSSIBLE = f"""
+--temperature=-1 --temperature=nan --temperature=inf --temperature=warm --top_k=-1 --top_k=1.5
+--top_k=all --top_k={"9" * 5000} --top_p=0 --top_p=-1 --top_p=1.1 --top_p=nan --num_samples=0
+--num_samples=-1 --num_samples=1e3 --max_new_tokens=-1 --max_new_tokens=many
+--max_new_tokens=\u20ac --seed=-1 --seed={2**63} --seed=0.5 --device=toaster --max_new=3
+""".split()
 
 
 def test_an_impossible_flag_is_refused_by_its_name_and_help_explains_all(write):
-    for flag, values in {
-        "--temperature": ["-1", "nan", "inf", "warm"],
-        "--top_k": ["-1", "1.5", "all", "9" * 5000],
-        "--top_p": ["0", "-1", "1.1", "nan"],
-        "--num_samples": ["0", "-1", "1e3"],
-        "--max_new_tokens": ["-1", "many", "\u20ac"],
-        "--seed": ["-1", str(2**63), "0.5"],
-        "--device": ["toaster"],
-        "--max_new": ["3"],
-    }.items():
-        for value in values:
-            assert flag in write(flag, value).sentence()
-        assert flag in write("--help").out
+    for word in IMPOSSIBLE:
+        flag = word.split("=")[0]
+        assert flag in write(word).sentence() and flag in write("--help").out
 
 
-# ---- As a process, from another folder ---------------------------------------------------------
-
-
-def test_stdin_and_stdout_hold_the_text_alone_whatever_the_code_page_lacks(tmp_path):
+def test_stdin_is_utf_8_and_stdout_has_question_marks_for_what_its_code_page_lacks(tmp_path):
     symbols, path = "\nae\u00e4\u20ac\u4e2d\U0001f600", str(tmp_path / "symbols.pth")
     write_checkpoint(path, tiny_model(len(symbols)), symbols)
-    flags = ["--checkpoint", path, "--max_new_tokens", "200", "--prompt"]
-    typing = {"stdin": subprocess.PIPE, "PYTHONIOENCODING": "cp1252"}
-    process = helpers.python(ROOT / "generate_text.py", *flags, "-", folder=tmp_path, **typing)
-    out, err = process.communicate("a\u20ac".encode("utf-8"))
-    (seed,) = re.fullmatch(r"seed (\d+)\s+", err.decode("ascii")).groups()
-    text = call(main, [*flags, "a\u20ac", "--seed", seed]).out
-    assert process.returncode == 0
-    assert out.replace(b"\r\n", b"\n") == text.encode("cp1252", "replace")  # with question marks
+    flags = ["--checkpoint", path, "--max_new_tokens", "200", "--seed", "1", "--prompt"]
+    typed = io.TextIOWrapper(io.BytesIO("a\u20ac".encode("utf-8")), "cp1252")
+    shown = io.TextIOWrapper(io.BytesIO(), "cp1252", newline="\n")
+    with contextlib.redirect_stdout(shown), mock.patch("sys.stdin", typed):
+        assert end_with_a_sentence(main, [*flags, "-"]) == 0
+    expected = call(main, [*flags, "a\u20ac"]).out.encode("cp1252", "replace")
+    assert shown.buffer.getvalue() == expected and expected.count(b"?") > 20
 
 
 @helpers.needs_posix
 def test_an_endless_text_ends_when_nobody_wants_more(checkpoint, tmp_path):
     flags = ["--checkpoint", checkpoint, "--max_new_tokens", 10**9, "--seed", 1]
     for stopped_by in (signal.SIGINT, None):
-        (read, write), err = os.pipe(), os.open(tmp_path / "err", os.O_CREAT | os.O_WRONLY)
-        page, started = open(read, "rb"), {"out": write, "err": err}
-        process = helpers.fork_script("generate_text.py", *flags, **started, before=page.close)
+        (read, out), err = os.pipe(), str(tmp_path / "err")
+        page, streams = open(read, "rb"), {"out": out, "err": err}
+        process = helpers.fork_script("generate_text.py", *flags, **streams, before=page.close)
         assert len(page.read(100)) == 100
-        os.kill(process, stopped_by) if stopped_by else page.close()
+        os.kill(process.pid, stopped_by) if stopped_by else page.close()
         assert helpers.ended(process) == (130 if stopped_by else 0)
         assert (tmp_path / "err").read_bytes() == b""
