@@ -58,12 +58,13 @@ def test_attention_equals_plain_arithmetic_and_pytorchs(n_embd, n_head, T):
 
 
 def test_rope_turns_every_arrow_so_that_scores_depend_on_the_distance_and_not_on_the_place():
-    arrows = torch.tensor([3.0, 4, 0, 0]).expand(1, 1, 9, 4)  # (3, 0) and (4, 0) everywhere
+    arrows = torch.tensor([3.0, 4, 1, 2]).expand(1, 1, 9, 4)  # (3, 1) and (4, 2) everywhere
     turned = chapter.apply_rope(arrows, make_rope(9, 4))
     a, b, c, d = turned.unbind(-1)
     t = torch.arange(9.0)[None, None]  # the first by t radians, the second by t / 100
-    assert close(a, 3 * t.cos()) and close(c, 3 * t.sin())
-    assert close(b, 4 * (t / 100).cos()) and close(d, 4 * (t / 100).sin())
+    assert close(a, 3 * t.cos() - t.sin()) and close(c, t.cos() + 3 * t.sin())
+    t = t / 100
+    assert close(b, 4 * t.cos() - 2 * t.sin()) and close(d, 2 * t.cos() + 4 * t.sin())
     scores = turned @ turned.transpose(-2, -1)
     assert close(scores[..., 1:, 1:], scores[..., :-1, :-1])
 
