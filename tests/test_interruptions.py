@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import helpers
 import pytest
@@ -83,6 +84,14 @@ def test_a_long_epoch_is_saved_now_and_then_and_at_once_on_the_disk(monkeypatch)
         learn(*RUN, "--save_minutes", "0.05")
     assert 1 <= steps[0] < STEPS - 1
     assert {os.stat(name).st_ino for name in ("model.pth", "log.csv")} <= synced
+
+
+def test_the_first_save_keeps_what_was_there_and_a_link_stays_a_link():
+    Path("elsewhere.pth").write_bytes(b"older")
+    os.symlink("elsewhere.pth", "model.pth")
+    assert stopped_at(2, *RUN).status == 130
+    assert Path("model.previous.pth").read_bytes() == b"older" and os.path.islink("model.pth")
+    load_checkpoint("elsewhere.pth")
 
 
 def test_a_second_run_is_refused_while_the_first_goes_on(straight):
