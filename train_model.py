@@ -192,7 +192,6 @@ class Trainer:
 
     def state_dict(self) -> Dict[str, Any]:
         """What an exact resume needs, in tensors and plain Python."""
-        device = self.train_ids.device
         return {
             "settings": asdict(self.settings),  # a run goes on as it began, or not at all
             "text": self.text,  # a fingerprint, to refuse another text
@@ -207,7 +206,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict()["state"],
             "scaler": self.scaler.state_dict(),  # of float16, see below
             "random": torch.get_rng_state(),  # from which dropout draws
-            "random_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "random_cuda": torch.cuda.get_rng_state() if self.train_ids.is_cuda else None,
         }
 
     def load_state_dict(self, state: Dict[str, Any], best: Dict[str, Tensor]) -> None:
@@ -217,11 +216,10 @@ class Trainer:
         self.loss_sum.fill_(state["loss_sum"] if self.rank == 0 else 0.0)
         self.model.load_state_dict(state["parameters"])
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]})
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
+        self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())
         torch.set_rng_state(state["random"])
         if state["random_cuda"] is not None and self.train_ids.is_cuda:
-            torch.cuda.set_rng_state(state["random_cuda"], self.train_ids.device)
+            torch.cuda.set_rng_state(state["random_cuda"])
 
     # What differs with several processes, or in 16 bits. Each process has a share of every batch,
     # and their gradients are averaged: so each loss is multiplied by their number. Small gradients
@@ -303,23 +301,16 @@ def set_up_session(run: Trainer, device: torch.device) -> None:
         run.number_format = torch.bfloat16 if recent else torch.float16
     scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)  # PyTorch 2.2: there
     run.scaler = scaler(enabled=run.number_format == torch.float16)
-
-
-def compile_and_spread(run: Trainer) -> None:
-    """Compile the network, if wanted ("auto": on CUDA) and possible; spread it over processes."""
-    if run.flags.compile == "on" or (run.flags.compile == "auto" and run.train_ids.is_cuda):
+    if run.flags.compile == "on" or (run.flags.compile == "auto" and device.type == "cuda"):
         try:
             run.network = torch.compile(run.model, dynamic=False)
             rehearse(run)
         except Exception as error:
             run.network = run.model
             say(run, f"warning: the model cannot be compiled here: {reason(error)}")
-    run.estimate = rehearse(run)
     if run.world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if run.train_ids.is_cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         run.network = nn.parallel.DistributedDataParallel(run.network)
-        if run.rank > 0:  # the same dropout everywhere would waste the others' randomness
-            torch.manual_seed(run.settings.seed + run.step + run.rank)
 
 
 def rehearse(run: Trainer) -> float:
@@ -543,7 +534,9 @@ def prepare(flags: Any) -> Trainer:
         run = resume(flags, device)
     else:
         run = Trainer(flags, choose_settings(flags, device), device)
-    compile_and_spread(run)
+    if run.rank > 0:  # the same dropout everywhere would waste the others' randomness
+        torch.manual_seed(run.settings.seed + run.step + run.rank)
+    left = tqdm.format_interval(rehearse(run))
     V, train, val = run.tokenizer.vocab_size, len(run.train_ids), len(run.val_ids)
     parameters = sum(p.numel() for p in run.model.parameters())
     say(run, f"device    {device} ({why}), {str(run.number_format)[6:]} matrix products")
@@ -551,7 +544,7 @@ def prepare(flags: Any) -> Trainer:
     say(run, f"split     {train:,} characters to learn from, {val:,} to measure on")
     say(run, f"model     {parameters:,} parameters, from {run.step:,} steps of training")
     say(run, f"training  {run.settings.epochs} epochs of {run.steps_per_epoch:,} steps")
-    say(run, f"time      about {tqdm.format_interval(run.estimate)}, as measured on five steps")
+    say(run, f"time      about {left}, as measured on five steps")
     return run
 
 
@@ -561,15 +554,15 @@ def main(argv: Optional[List[str]] = None) -> None:
     with contextlib.ExitStack() as session:
         if os.environ.get("RANK", "0") == "0":
             claim_files(flags, session)
-        run = prepare(flags)
-        # One bar over the whole run. Where stderr is no terminal, there is none (None).
-        bar = tqdm(initial=run.step, total=run.total_steps, disable=True if run.rank else None)
-        run.bar = session.enter_context(bar)
-        note_signals(run, session)
         try:
+            run = prepare(flags)
+            # One bar over the whole run. Where stderr is no terminal, there is none (None).
+            bar = tqdm(initial=run.step, total=run.total_steps, disable=True if run.rank else None)
+            run.bar = session.enter_context(bar)
+            note_signals(run, session)
             train(run)
         except RuntimeError as error:
-            if run.world_size == 1 or "memory" in str(error):
+            if not dist.is_initialized() or "memory" in str(error):
                 raise
             raise UserError(f"another process of this run has ended ({reason(error)})") from error
         best = min(run.history, key=lambda row: row[3])
