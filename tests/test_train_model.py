@@ -376,21 +376,36 @@ def test_two_processes_learn_what_one_learns():
         assert [float(x) for x in found] == pytest.approx([float(x) for x in alone], abs=1e-4)
 
 
-@helpers.needs_posix
-def test_a_process_that_dies_ends_the_others(monkeypatch):
-    die_in_the_first_step = helpers.at_step(1, signal.SIGKILL).__enter__
+def together(monkeypatch, *argv, last=lambda: None):
+    """The exit statuses of two processes of one run; the second calls `last` before it begins."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     processes = []
-    for rank, before in enumerate((lambda: None, die_in_the_first_step)):
+    for rank, before in enumerate((lambda: None, last)):
         for name, value in {**place, "WORLD_SIZE": "2", "RANK": str(rank)}.items():
             monkeypatch.setenv(name, value)
         said = f"said by {rank}"
-        processes.append(helpers.fork_script("train_model.py", *TINY, out=said, before=before))
-    assert [helpers.ended(process) for process in processes] == [2, -signal.SIGKILL]
+        processes.append(helpers.fork_script("train_model.py", *argv, out=said, before=before))
+    return [helpers.ended(process) for process in processes]
+
+
+@helpers.needs_posix
+def test_a_process_that_dies_ends_the_others(monkeypatch):
+    die_in_the_first_step = helpers.at_step(1, signal.SIGKILL).__enter__
+    assert together(monkeypatch, *TINY, last=die_in_the_first_step) == [2, -signal.SIGKILL]
     said = Path("said by 0").read_text()
     assert "error: another process" in said and "Traceback" not in said
     assert set(contents()) == {"text.txt", "said by 0", "said by 1"}
+
+
+@helpers.needs_posix
+def test_a_signal_to_one_process_stops_all_and_together_they_resume(monkeypatch):
+    assert together(monkeypatch, *TINY) == [0, 0]
+    straight = results()
+    stop = helpers.at_step(4, signal.SIGTERM).__enter__
+    assert together(monkeypatch, *TINY, last=stop) == [143, 143]
+    assert torch.load("model.pth", weights_only=True)["training"]["step"] == 4
+    assert together(monkeypatch, *RESUME) == [0, 0] and results() == straight
 
 
 def test_from_another_directory_with_any_names_letters_and_code_page_told_to_stop(here):
