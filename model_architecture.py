@@ -202,7 +202,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(4 * n_embd, n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x)).square())
+        return self.down(F.relu(self.up(x), inplace=True).square())
 
 
 class Block(nn.Module):
