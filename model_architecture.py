@@ -74,21 +74,22 @@ def attention_weights(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def make_rope(block_size: int, head_size: int) -> Tensor:
-    """The cosine and the sine of each arrow's angle at each position, (2, block_size, D / 2)."""
+    """The cosine and the sine of each arrow's angle at each position, (2, block_size, D)."""
     # The first arrow turns by 1 radian a position, which tells neighbours apart; slower ones tell
     # near from far; the slowest hardly turn, and compare what is there, wherever it is.
     speeds = 10_000.0 ** (-torch.arange(0, head_size, 2).float() / head_size)  # (D / 2,)
     angles = torch.outer(torch.arange(block_size).float(), speeds)
-    return torch.stack((angles.cos(), angles.sin()))
+    cos, sin = angles.cos(), angles.sin()  # twice: for both numbers of an arrow, one with -sin
+    return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     """Turn the arrows of `x`, (B, H, T, D), each by its angle at its position."""
-    cos, sin = rope  # (T, D / 2) each
-    a, b = x.chunk(2, dim=-1)  # the arrows point to (a, b): (B, H, T, D / 2) each
+    cos, sin = rope  # (T, D) each
+    # An arrow points to (a, b). In `x`, all a come first, then all b; in `swapped`, first all b.
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
     # Turned, (a, b) is (a cos - b sin, b cos + a sin). torch.addcmul(p, q, r) is p + q * r.
-    turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
-    return torch.cat(turned, dim=-1)
+    return torch.addcmul(x * cos, swapped, sin)
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -266,7 +267,7 @@ class TinyGPT(nn.Module):
         """
         past, T = 0 if cache is None else cache.length, ids.shape[1]
         refuse_too_long(past + T, self.block_size)
-        rope = self.rope[:, past : past + T]  # (2, T, D / 2)
+        rope = self.rope[:, past : past + T]  # (2, T, D)
         x = layer_norm(self.convolution(self.embedding(ids), cache))  # (B, T, C), of usual size
         for block in self.blocks:
             x = block(x, rope, cache)
