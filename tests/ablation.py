@@ -78,8 +78,8 @@ def build(name: str, vocab_size: int, seed: int) -> Tuple[TinyGPT, Hyperparamete
             block.convolution = block.feed_forward = times(0.0)
         if name == "no-residuals":  # and results begin at random: zeros have no way to learn here
             block.__class__ = Chain
-            nn.init.normal_(block.attention.output.weight, std=0.02)
-            nn.init.normal_(block.feed_forward.down.weight, std=0.02)
+            nn.init.normal_(block.attention.output.weight, std=0.05)
+            nn.init.normal_(block.feed_forward.down.weight, std=0.05)
         if name == "gelu":  # the usual bend (Hendrycks & Gimpel 2016) instead of squared ReLU
             part = block.feed_forward
             block.feed_forward = nn.Sequential(part.up, nn.GELU(), part.down)
