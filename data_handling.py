@@ -22,7 +22,7 @@ from hyperparameters import LAPTOP, UserError, end_with_a_sentence
 
 
 class CharTokenizer:
-    """Translates characters (other models: longer tokens) to numbers, called ids, and back.
+    """Translates tokens, here single characters, to numbers, called ids, and back.
 
     The vocabulary is the sorted set of all characters in a text, and the id of a character is its
     place there. Sorted, because a set has no order: the ids must be the same in every run, or a run
@@ -110,12 +110,12 @@ def shuffled_sequences(length: int, block_size: int, seed: int, epoch: int) -> T
     the arguments, so a run that is resumed finds its place by counting.
     """
     generator = np.random.default_rng([seed, epoch])
-    # One id stays over, the last target, so length - 1 ids can be inputs. The first cut skips 0 to
-    # places - 1 of these; every epoch takes as many sequences as fit behind the largest skip, so
+    # One id stays over, the last target, so length - 1 ids can be inputs. The first cut skips fewer
+    # than `skips` of these; every epoch takes as many sequences as fit behind the largest skip, so
     # that all epochs are equally long.
-    places = min(block_size, length - block_size)
-    first = generator.integers(places)
-    order = generator.permutation((length - places) // block_size).astype(np.int64)
+    skips = min(block_size, length - block_size)
+    first = generator.integers(skips)
+    order = generator.permutation((length - skips) // block_size).astype(np.int64)
     return torch.from_numpy(first + block_size * order)
 
 

@@ -24,12 +24,12 @@ def setting(laptop: Any, gpu: Any, lowest: float, highest: float, text: str) -> 
 class Hyperparameters:
     """The choices that a run can vary. Frozen: no code changes one behind the reader's back.
 
-    The first number in a line is for a laptop (LAPTOP, below), the second for a GPU. Change one for
-    all later runs; `python train_model.py --n_layer 6` does for one. UserError for nonsense.
+    The first number in a line is for a laptop (LAPTOP, below), the second for a GPU. Change it here
+    for good, or for one run: `python train_model.py --n_layer 6`. UserError for nonsense.
     """
 
-    # What one step of training sees (chapter 2): batch_size sequences of block_size characters.
-    # That block is a stretch of text; the blocks that n_layer counts are parts of the model.
+    # What one step of training sees (chapter 2): about batch_size * block_size characters.
+    # A block is a stretch of text; the blocks that n_layer counts are parts of the model.
     block_size: int = setting(256, 256, 1, 65_536, "context window: characters seen at once")
     batch_size: int = setting(4, 64, 1, 65_536, "full-length sequences learned from in one step")
     validation_fraction: float = setting(0.1, 0.1, 0.001, 0.5, "share of the text to measure on")

@@ -40,9 +40,9 @@ ATTENTION_SCALE = 3.0  # see attention_weights
 
 # A vector knows its own character, and what comes next depends on those before. So each position
 # forms three vectors of D numbers from its own (read D as C for now): a query, what it looks for; a
-# key, what it can be found by; and a value, what it has to tell. Query and key fit if their dot
-# product, the sum of their products number by number, is large. The position then receives a
-# mixture of all values up to its own, each in the share that its key earned, its attention weight.
+# key, what it can be found by; and a value, what it has to tell. How well a query and a key fit is
+# their score, the dot product: the sum of their products number by number. The position receives a
+# mixture of all values up to its own, each in the share that its score earns, its attention weight.
 
 
 def attention_weights(queries: Tensor, keys: Tensor) -> Tensor:
@@ -66,30 +66,29 @@ def attention_weights(queries: Tensor, keys: Tensor) -> Tensor:
 
 # Shuffle what stands before a position, and all this gives the same mixture: attention alone knows
 # no order. It gets in by turning. Take the D numbers of a query or key as D / 2 arrows in a plane,
-# and turn each by an angle that grows with the position. Of two arrows, the dot product depends on
-# their lengths and on the angle between them; turning one m times and the other n times changes
-# that angle by m - n turns. So a score now depends on what both positions hold and on how far they
-# are apart, but not on where in the sequence they stand: what is learned in one place holds in
-# every place. (RoPE: rotary position embedding, Su et al. 2021)
+# and turn each by an angle that grows with the position. A score adds up the dot products of their
+# arrows, and each of these depends on two lengths and the angle between; turning one arrow m times,
+# the other n times changes it by m - n turns. So a score depends on what both positions hold and on
+# how far they are apart, but not on where in the sequence they stand: what is learned in one place
+# holds in every place. (RoPE: rotary position embedding, Su et al. 2021)
 
 
 def make_rope(block_size: int, head_size: int) -> Tensor:
-    """The cosine and the sine of each arrow's angle at each position, (2, block_size, D)."""
+    """Cosines and signed sines, to turn D / 2 arrows at each position: (2, block_size, D)."""
     # The first arrow turns by 1 radian a position, which tells neighbours apart; slower ones tell
     # near from far; the slowest hardly turn, and compare what is there, wherever it is.
     speeds = 10_000.0 ** (-torch.arange(0, head_size, 2).float() / head_size)  # (D / 2,)
     angles = torch.outer(torch.arange(block_size).float(), speeds)
-    cos, sin = angles.cos(), angles.sin()  # twice: for both numbers of an arrow, one with -sin
+    cos, sin = angles.cos(), angles.sin()  # (block_size, D / 2) each
     return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     """Turn the arrows of `x`, (B, H, T, D), each by its angle at its position."""
-    cos, sin = rope  # (T, D) each
-    # An arrow points to (a, b). In `x`, all a come first, then all b; in `swapped`, first all b.
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)
-    # Turned, (a, b) is (a cos - b sin, b cos + a sin). torch.addcmul(p, q, r) is p + q * r.
-    return torch.addcmul(x * cos, swapped, sin)
+    cos, sin = rope  # (T, D) each; the first half of `sin` has a minus sign, because:
+    # an arrow (a, b), turned, is (a cos - b sin, b cos + a sin). `x` has all a, then all b.
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # all b, then all a
+    return torch.addcmul(x * cos, swapped, sin)  # x * cos + swapped * sin
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -113,10 +112,10 @@ class KVCache:
         self.kept: Dict[Tuple[nn.Module, str], Tensor] = {}
 
     def append(self, part: nn.Module, name: str, new: Tensor, keep: Any = None) -> Any:
-        """`new`, (..., T, n), behind what is kept: (..., S, n). `keep` says how many stay."""
+        """`new`, (..., T, n), behind what was kept. `keep` says how many stay (None: all)."""
         if (part, name) in self.kept:
             new = torch.cat((self.kept[part, name], new), dim=-2)
-        self.kept[part, name] = new if keep is None else new[:, -keep:]
+        self.kept[part, name] = new if keep is None else new[..., -keep:, :]
         return new
 
 
@@ -153,7 +152,7 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             keys = cache.append(self, "keys", keys)  # (B, H, S, D)
             values = cache.append(self, "values", values)
-        if cache is not None and x.shape[1] > 1:  # a prompt, perhaps behind another
+        if cache is not None and x.shape[1] > 1:  # several new positions: a prompt
             mixture = attention_weights(queries, keys) @ values  # (B, H, T, D)
         else:  # PyTorch's own way to the same, without storing the shares: in training they would
             # fill the memory. It hides the future too (is_causal); one new position has none.
@@ -209,8 +208,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, a short look back, then feed-forward; the first and the last add to what is there.
 
-    If every layer replaced its input, the input would be lost on its way through a deep stack, and
-    so would be the signal that tells the first layers how to improve. So these two add what they
+    If every part replaced its input, the input would be lost on its way through a deep stack, and
+    so would be the signal that tells the first blocks how to improve. So these two add what they
     found, and what was there before passes through (residual connections, He et al. 2015). As such
     sums grow from block to block, attention and convolution read a copy of usual size (LayerNorm in
     front: Xiong et al. 2020). Dropout zeroes a random share of what is added, enlarges the rest, in
@@ -253,7 +252,7 @@ class TinyGPT(nn.Module):
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.05)  # sums about half as large as inputs
+                nn.init.normal_(module.weight, std=0.05)  # sums: 0.05 sqrt(C) of inputs
         nn.init.normal_(self.embedding.weight)
         nn.init.zeros_(self.unembedding.weight)
         for block in self.blocks:
@@ -303,7 +302,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     weights, logits = attention_of(model, ids), model(ids)
     print(f"model: {path!a}\nids (B, T) {tuple(ids.shape)} give in each block attention weights")
     print(f"(B, H, T, S) {tuple(weights[0].shape)}, and logits (B, T, V) {tuple(logits.shape)}\n")
-    print("what the last position takes in each head: . 2 %  : 5 %  o 10 %  O 20 %  @ 40 % or more")
+    print("what the last position takes, by head: . 2 %  : 5 %  o 10 %  O 20 %  @ 40 % or more")
     print(" " * 17 + line.encode("ascii", "replace").decode())
     for block, heads in enumerate(weights[:4], start=1):
         for head, shares in enumerate(heads[0, :4, -1].tolist(), start=1):
@@ -370,7 +369,8 @@ def plain_zip(data: bytes) -> BinaryIO:
 def build_model(contents: Any) -> TinyGPT:
     """The model that the checkpoint describes, each field checked before memory is spent on it."""
     needed = {"format", "sizes", "vocabulary", "parameters"}
-    if set(contents) - {"training"} != needed or contents["format"] != FORMAT:
+    plain = set(contents) - {"training"} == needed and type(contents["format"]) is int
+    if not plain or contents["format"] != FORMAT:  # to compare a forged tensor could fill memory
         raise UserError(f"it is not a checkpoint of format {FORMAT}")
     sizes, vocabulary = contents["sizes"], contents["vocabulary"]
     if not vocabulary or "".join(sorted(set(vocabulary))) != vocabulary:

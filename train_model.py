@@ -74,10 +74,10 @@ def learning_rate_at(step: int, total_steps: int, settings: Hyperparameters) -> 
 def sequence_length_at(epoch: int, settings: Hyperparameters) -> int:
     """How many characters the sequences of an epoch have, counted from 0: few at first.
 
-    A model learns letters and words before it learns how lines follow each other, and for these
-    short sequences do, which are less work in attention. So the first half of the epochs has
-    sequences of a quarter of block_size, four times as many in a batch, and the next quarter of a
-    half. As scores depend on distances, longer ones can be read, too. (after Press et al. 2021)
+    A model learns letters and words before it learns how lines follow each other, and short
+    sequences do for those, with less work in attention. So in the first half of the epochs they
+    have block_size / 4 characters, four times as many in a batch; then block_size / 2; and the
+    last quarter of the epochs shows the larger distances, too. (after Press et al. 2021)
     """
     done = (epoch + 1) / settings.epochs
     parts = 4 if done <= 1 / 2 else 2 if done <= 3 / 4 else 1
@@ -85,9 +85,9 @@ def sequence_length_at(epoch: int, settings: Hyperparameters) -> int:
 
 
 def make_optimizer(model: TinyGPT, settings: Hyperparameters) -> torch.optim.AdamW:
-    """AdamW, which gives every parameter a step size of its own (Loshchilov & Hutter 2019).
+    """AdamW, which scales every parameter's steps on their own (Loshchilov & Hutter 2019).
 
-    Where gradients are a thousand times those elsewhere, a step size for all would be too large;
+    Where gradients are a thousand times those elsewhere, one scale for all would be too large;
     elsewhere, too small. AdamW steps against the average of a parameter's recent gradients
     (exp_avg; 0.9 of it stays each time), divided by their usual size, the root of the average of
     their squares (exp_avg_sq; of this, beta2 stays). While gradients agree, that is about 1, and
@@ -111,11 +111,13 @@ def make_optimizer(model: TinyGPT, settings: Hyperparameters) -> torch.optim.Ada
 def train(run: "Trainer") -> None:
     """Learn, from where the run stands to the end of its last epoch.
 
-    Where the comment behind a call of `run` is code, it is the plain PyTorch for it.
+    Where the comment behind a call of `run` is code, it is the plain PyTorch for it. One process
+    alone has the whole batch as its share.
     """
     model, optimizer, settings = run.model, run.optimizer, run.settings
     for epoch in range(len(run.history), settings.epochs):
         T = sequence_length_at(epoch, settings)
+        model.train()  # with dropout, which measuring and writing do without
         for starts in run.batches(epoch):  # (B,)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(run.step, run.total_steps, settings)
@@ -124,7 +126,7 @@ def train(run: "Trainer") -> None:
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
             loss = loss / (len(starts) * T)  # the mean over B * T lessons
 
-            # Backward goes from the loss back through all layers to find how it would change with
+            # Backward goes from the loss back through the model to find how it would change with
             # each parameter: its gradient. PyTorch adds it to the last one, so that is cleared.
             optimizer.zero_grad(set_to_none=True)
             run.backward(loss)  # loss.backward()
@@ -270,9 +272,7 @@ def sample(run: Trainer) -> str:
     prompt = torch.from_numpy(tokenizer.encode(read_prompt(None, tokenizer))).long()  # (1,)
     generator = torch.Generator().manual_seed(run.settings.seed)  # not the one that dropout uses
     drawn = generate(run.model, prompt[None], count, generator, temperature=0.8)
-    text = tokenizer.decode(itertools.takewhile(lambda _: time.perf_counter() < end, drawn))
-    run.model.train()
-    return text
+    return tokenizer.decode(itertools.takewhile(lambda _: time.perf_counter() < end, drawn))
 
 
 # ---- The fold: a first reader goes on to generate_text.py here. What protects stands below. ------
@@ -491,9 +491,6 @@ def resume(flags: Any, device: torch.device) -> Trainer:
         if state["text"] != run.text or vocabulary != run.tokenizer.characters:
             raise UserError("it learns from another text; name that one with --input")
         finished, like = len(state["history"]), run.state_dict()
-        this_epoch = state["step"] - finished * run.steps_per_epoch
-        if finished >= settings.epochs or not 0 <= this_epoch <= run.steps_per_epoch:
-            raise UserError("its counts of steps and epochs do not fit together")
         like["history"] = [[1, 1, 1.0, 1.0, 1.0]] * finished
         like["random_cuda"] = state["random_cuda"]  # of a GPU, which need not be here
         like["scaler"] = {k: 1 if type(v) is int else 1.0 for k, v in state["scaler"].items()}
@@ -501,6 +498,9 @@ def resume(flags: Any, device: torch.device) -> Trainer:
         averages = [{"step": torch.ones(()), "exp_avg": p, "exp_avg_sq": p} for p in parameters]
         like["optimizer"] = dict(enumerate(averages)) if state["optimizer"] else {}
         check_like("unfinished run", state, like)
+        this_epoch = state["step"] - finished * run.steps_per_epoch
+        if finished >= settings.epochs or not 0 <= this_epoch <= run.steps_per_epoch:
+            raise UserError("its counts of steps and epochs do not fit together")
         run.load_state_dict(state, dict(best.state_dict()))
         return run
     except Exception as error:  # a forged run can raise anything

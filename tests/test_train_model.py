@@ -193,7 +193,7 @@ HUGE, BYTE = torch.zeros(1, 1).expand(10**5, 10**5), torch.zeros(1).byte()
 MATRIX, OTHER = torch.eye(9, 16), torch.zeros(16, 9)
 PARTLY_INFINITE, PARTLY_NAN = MATRIX.log(), (MATRIX - 1).sqrt()
 FORGED = {
-    "format": ["del", "2", True, 3, torch.tensor([2, 2])],
+    "format": ["del", "2", True, 3, torch.tensor([2, 2]), HUGE],
     "more": [1],
     "vocabulary": [
         "del",
@@ -225,7 +225,7 @@ FORGED = {
     "training/settings/epochs": [0, 2.0, True, "2", None, 10**12],
     "training/settings/n_embd": [32, 4096, HUGE],
     "training/text": [None, "", b"x"],
-    "training/step": [-1, 0, STEPS - 1, 2 * STEPS + 1, 10**30, 1.5, True, None, "x"],
+    "training/step": [-1, 0, STEPS - 1, 2 * STEPS + 1, 10**30, 1.5, True, None, "x", HUGE],
     "training/history": [None, (), {}, "", 5, [[1]], [()], [[1, 9, 2.0, math.nan, 1.0]], HUGE],
     "training/history/0": [(1, 9, 2.0, 2.0, 1.0), [1, 9, 2.0, "2", 1.0], "12345", [None] * 5, HUGE],
     "training/loss_sum": [math.inf, 10**400, None, torch.zeros(2)],
