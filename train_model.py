@@ -62,7 +62,7 @@ def learning_rate_at(step: int, total_steps: int, settings: Hyperparameters) -> 
 
     The first gradients point in no direction worth following far, and the optimizer's averages,
     below, rest on few of them: so the rate climbs during warm-up. (Large models can break without;
-    ours, which begins as "add nothing", hardly notices.) From there it falls on a straight line to
+    ours, which begins as "add nothing", does not.) From there it falls on a straight line to
     zero: large steps find the region, small ones settle in it.
     """
     warmup = min(settings.warmup_steps, total_steps // 10)
