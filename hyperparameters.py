@@ -32,7 +32,7 @@ class Hyperparameters:
     # A block is a stretch of text; the blocks that n_layer counts are parts of the model.
     block_size: int = setting(256, 256, 1, 65_536, "context window: characters seen at once")
     batch_size: int = setting(4, 64, 1, 65_536, "full-length sequences learned from in one step")
-    validation_fraction: float = setting(0.1, 0.1, 0.001, 0.5, "share of the text to measure on")
+    validation_fraction: float = setting(0.1, 0.1, 0.001, 0.5, "share to measure on (1 M at most)")
 
     # How large the model is (chapter 3).
     n_layer: int = setting(4, 6, 1, 1_000, "blocks of the model, often called layers")

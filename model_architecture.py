@@ -15,8 +15,8 @@ The first step is an embedding. An id is a name, not an amount: 7 is not more th
 looks up a vector of C numbers, which training finds. From there on a position is such a vector, a
 batch has the shape (B, T, C), and every block takes one and gives one back. The simplest layer is
 Linear, a matrix of parameters: each number it gives is a weighted sum of those it is given (with
-bias=False, nothing is added). PyTorch finds the parameters of a Module by itself, and calls its
-`forward` when it is called.
+bias=False, nothing is added). Every part is a Module: PyTorch finds its parameters by itself, and
+runs its `forward` when the part is called.
 """
 
 import io
@@ -43,12 +43,13 @@ ATTENTION_SCALE = 3.0  # see attention_weights
 # key, what it can be found by; and a value, what it has to tell. How well a query and a key fit is
 # their score, the dot product: the sum of their products number by number. The position receives a
 # mixture of all values up to its own, each in the share that its score earns, its attention weight.
+# Softmax makes these shares: e to the power of each score, divided by the sum of all these.
 
 
 def attention_weights(queries: Tensor, keys: Tensor) -> Tensor:
     """How much each position takes of those up to its own, softmax(3 QK^T / sqrt(D)): (B, H, T, S).
 
-    The queries, (B, H, T, D), are those of the last T of the S positions of the keys, (B, H, S, D).
+    Queries Q, (B, H, T, D), are those of the last T of the S positions of keys K, (B, H, S, D).
     """
     (T, D), S = queries.shape[-2:], keys.shape[-2]
     # A sum of D products of independent numbers of mean 0 and variance 1 has variance D. Undivided,
@@ -60,13 +61,12 @@ def attention_weights(queries: Tensor, keys: Tensor) -> Tensor:
     # In training, the answer stands in the same sequence, one position later. A position must not
     # look there (triu: True right of a diagonal): minus infinity becomes a share of exactly 0.
     future = torch.ones(T, S, dtype=torch.bool, device=scores.device).triu(S - T + 1)
-    # Softmax turns scores into shares: e to the power of each, divided by the sum of these.
     return scores.masked_fill(future, -math.inf).softmax(dim=-1)
 
 
 # Shuffle what stands before a position, and all this gives the same mixture: attention alone knows
 # no order. It gets in by turning. Take the D numbers of a query or key as D / 2 arrows in a plane,
-# and turn each by an angle that grows with the position. A score adds up the dot products of their
+# and turn each by an angle that grows with the position. A score is the sum of the dot products of
 # arrows, and each of these depends on two lengths and the angle between; turning one arrow m times,
 # the other n times changes it by m - n turns. So a score depends on what both positions hold and on
 # how far they are apart, but not on where in the sequence they stand: what is learned in one place
@@ -252,7 +252,7 @@ class TinyGPT(nn.Module):
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.05)  # sums: 0.05 sqrt(C) of inputs
+                nn.init.normal_(module.weight, std=0.05)  # sums are 0.05 sqrt(C) times the inputs
         nn.init.normal_(self.embedding.weight)
         nn.init.zeros_(self.unembedding.weight)
         for block in self.blocks:

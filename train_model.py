@@ -72,7 +72,7 @@ def learning_rate_at(step: int, total_steps: int, settings: Hyperparameters) -> 
 
 
 def sequence_length_at(epoch: int, settings: Hyperparameters) -> int:
-    """How many characters the sequences of an epoch have, counted from 0: few at first.
+    """How many characters the sequences of epoch 0, 1, ... have: few at first.
 
     A model learns letters and words before it learns how lines follow each other, and short
     sequences do for those, with less work in attention. So in the first half of the epochs they
@@ -103,7 +103,7 @@ def make_optimizer(model: TinyGPT, settings: Hyperparameters) -> torch.optim.Ada
     factors = [p for name, p in parameters if "convolution" in name]
     decayed = {"params": matrices, "weight_decay": settings.weight_decay}
     spared = {"params": factors, "weight_decay": 0.0}
-    # fused: one step for all parameters at once, which PyTorch has on a CPU since 2.4.
+    # fused: one step for all parameters at once; on a CPU since PyTorch 2.4 (compared as numbers).
     fused = matrices[0].device.type in (["cuda", "cpu"] if torch.__version__ >= "2.4" else ["cuda"])
     return torch.optim.AdamW([decayed, spared], lr=0.0, betas=(0.9, settings.beta2), fused=fused)
 
@@ -111,8 +111,8 @@ def make_optimizer(model: TinyGPT, settings: Hyperparameters) -> torch.optim.Ada
 def train(run: "Trainer") -> None:
     """Learn, from where the run stands to the end of its last epoch.
 
-    Where the comment behind a call of `run` is code, it is the plain PyTorch for it. One process
-    alone has the whole batch as its share.
+    Where the comment behind a call of `run` is code, it is the plain PyTorch for it. `share` is the
+    whole batch, unless several processes (see Trainer) divide it.
     """
     model, optimizer, settings = run.model, run.optimizer, run.settings
     for epoch in range(len(run.history), settings.epochs):
@@ -166,7 +166,7 @@ class Trainer:
         # Losses are added up where they are: fetching each would make a GPU wait. (No float64: MPS)
         kind = torch.float32 if device.type == "mps" else torch.float64
         self.loss_sum = torch.zeros((), dtype=kind, device=device)  # over this epoch's steps
-        set_up_session(self, device)  # rank, world_size, network, number_format, scaler
+        set_up_session(self, device)  # rank, world_size, network, number_format, scaler, ...
 
     def batches(self, epoch: int) -> Tuple[Tensor, ...]:
         """Where the sequences begin, (B,) a batch, for the batches of this epoch still to come."""
@@ -223,9 +223,9 @@ class Trainer:
         if state["random_cuda"] is not None and self.train_ids.is_cuda:
             torch.cuda.set_rng_state(state["random_cuda"])
 
-    # What differs with several processes, or in 16 bits. Each process has a share of every batch,
-    # and their gradients are averaged: so each loss is multiplied by their number. Small gradients
-    # would vanish in float16: the scaler enlarges the loss, and so them, for a while.
+    # What differs with several processes, or in 16 bits, in which GPUs are quicker. Each process
+    # has a share of every batch, and their gradients are averaged: so each loss is multiplied by
+    # their number. Small gradients vanish in float16: the scaler enlarges the loss, and so them.
 
     def share(self, starts: Tensor) -> Tensor:
         return starts[self.rank :: self.world_size]
@@ -325,7 +325,6 @@ def rehearse(run: Trainer) -> float:
             loss.backward()
             loss.item()  # waits for a GPU
             times.append(time.perf_counter() - begin)
-    run.model.zero_grad(set_to_none=True)
     # Measuring costs a third of learning, as nothing goes backward.
     steps = (run.total_steps - run.step) * (1 + len(run.val_ids) / len(ids) / 3)
     return steps * sorted(times)[2]
