@@ -15,8 +15,7 @@ The first step is an embedding. An id is a name, not an amount: 7 is not more th
 looks up a vector of C numbers, which training finds. From there on a position is such a vector, a
 batch has the shape (B, T, C), and every block takes one and gives one back. The simplest layer is
 Linear, a matrix of parameters: each number it gives is a weighted sum of those it is given (with
-bias=False, nothing is added). Every part is a Module: PyTorch finds its parameters by itself, and
-runs its `forward` when the part is called.
+bias=False, nothing is added). Parts are Modules: PyTorch finds their parameters, calls `forward`.
 """
 
 import io
@@ -101,10 +100,9 @@ def layer_norm(x: Tensor) -> Tensor:
 class KVCache:
     """What later positions need of those read so far: their keys and values in every block.
 
-    In writing, each new character would mean reading the whole sequence again. But no position sees
-    a later one, so nothing changes at the old ones when a new one arrives. So their keys, values
-    and last inputs of convolutions (below) are kept; not the queries, as their mixtures are made. A
-    new character costs the work of one position and a look back. Training has no cache.
+    In writing, each new character would mean reading the whole sequence again. But as no position
+    sees a later one, nothing changes at the old ones. So their keys, values and last inputs of
+    convolutions (below) are kept; not queries: their mixtures are made. Training has no cache.
     """
 
     def __init__(self) -> None:
@@ -192,17 +190,20 @@ class FeedForward(nn.Module):
     """Lets every position work on what it has collected, each on its own.
 
     Sums of sums are only sums: without a bend in between, a stack of layers could do no more than
-    one. So a first layer makes 4 C numbers, of these the negative ones become 0 and the others are
-    squared, and a second layer makes C of them. (ReLU squared: So et al. 2021)
+    one. And no sum says "this, but only if that"; a product can. So a first layer makes 4 C
+    numbers, half of them gates: each lets one of the other half through, or holds it back. A second
+    makes C numbers of what passes. A gate bends, too: silu(g) = g / (1 + e^-g) is near 0 for a g
+    far below 0, and near g far above. (SwiGLU: Shazeer 2020)
     """
 
     def __init__(self, n_embd: int) -> None:
         super().__init__()
         self.up = nn.Linear(n_embd, 4 * n_embd, bias=False)
-        self.down = nn.Linear(4 * n_embd, n_embd, bias=False)
+        self.down = nn.Linear(2 * n_embd, n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x), inplace=True).square())
+        gates, numbers = self.up(x).chunk(2, dim=-1)  # (B, T, 2 C) each
+        return self.down(F.silu(gates) * numbers)  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -247,8 +248,7 @@ class TinyGPT(nn.Module):
 
     def initialise(self) -> None:
         """Random numbers, as equal ones would learn the same; but zeros where a result is written:
-        a block begins as "add nothing", the model as one that guesses blindly. So step 1 teaches
-        only the unembedding, 2 what it reads, 3 the rest.
+        a block begins as "add nothing". Step 1 teaches the unembedding, 2 what it reads, 3 all.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):

@@ -8,7 +8,7 @@ difference that changes its sign from seed to seed says nothing.
 It prints a table in Markdown: the exact validation loss in nats, mean of the seeds; the spread,
 largest minus smallest; and how much worse than the full model it is, seed by seed. To compare with:
 blind guessing, and counting how often a character occurs, or follows another one. Names of
-variants, if given, choose among them: `python tests/ablation.py full gelu --seeds 1`.
+variants, if given, choose among them: `python tests/ablation.py full no-gates --seeds 1`.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from model_architecture import Block, TinyGPT, layer_norm  # noqa: E402
 from train_model import evaluate, learning_rate_at, make_optimizer  # noqa: E402
 
 VARIANTS = ["full", "no-attention", "no-feed-forward", "no-residuals", "no-layer-norm"]
-VARIANTS += ["no-positions", "no-convolution", "no-warm-up", "one-head", "gelu"]
+VARIANTS += ["no-positions", "no-convolution", "no-warm-up", "one-head", "no-gates"]
 
 
 def times(factor: float) -> nn.Module:
@@ -80,9 +80,11 @@ def build(name: str, vocab_size: int, seed: int) -> Tuple[TinyGPT, Hyperparamete
             block.__class__ = Chain
             nn.init.normal_(block.attention.output.weight, std=0.05)
             nn.init.normal_(block.feed_forward.down.weight, std=0.05)
-        if name == "gelu":  # the usual bend (Hendrycks & Gimpel 2016) instead of squared ReLU
-            part = block.feed_forward
-            block.feed_forward = nn.Sequential(part.up, nn.GELU(), part.down)
+        if name == "no-gates":  # the usual feed-forward, of as many parameters, with its bend GELU
+            part, C = block.feed_forward, s.n_embd  # (Hendrycks & Gimpel 2016)
+            block.feed_forward = nn.Sequential(part.up, nn.GELU(), nn.Linear(3 * C, C, bias=False))
+            part.up.weight = nn.Parameter(part.up.weight.detach()[: 3 * C].clone())
+            nn.init.zeros_(block.feed_forward[2].weight)
     return model, s
 
 

@@ -10,7 +10,7 @@ OTHER = {  # which of the full model's parameters a variant lacks, renames or be
     "no-feed-forward": ("blocks.0.convolution", "blocks.1.convolution", "feed_forward"),
     "no-residuals": ("attention.output", "feed_forward.down"),
     "no-convolution": ("convolution",),
-    "gelu": ("feed_forward",),
+    "no-gates": ("feed_forward",),
 }
 
 
@@ -36,8 +36,9 @@ def test_a_variant_lacks_what_its_name_says():
     torch.nn.init.zeros_(model.blocks[0].feed_forward.down.weight)
     assert not model.blocks[0](x, model.rope[:, :4]).any()  # nothing is left of x
     assert ablation.build("one-head", 11, seed=1)[0].blocks[0].attention.n_head == 1
-    bend = ablation.build("gelu", 11, seed=1)[0].blocks[0].feed_forward[1]
-    assert torch.equal(bend(x), torch.nn.functional.gelu(x))
+    part = ablation.build("no-gates", 11, seed=1)[0].blocks[0].feed_forward
+    torch.nn.init.normal_(part[2].weight)
+    assert torch.equal(part(x), part[2](torch.nn.functional.gelu(x @ part[0].weight.T)))
     model = ablation.build("no-positions", 11, seed=1)[0]
     assert (model.rope[0] == 1).all() and not model.rope[1].any()
 
@@ -52,5 +53,5 @@ def test_counting_is_the_cross_entropy_of_counts_plus_one():
 
 def test_a_model_that_diverges_is_reported_in_words(monkeypatch, capsys):
     monkeypatch.setattr(ablation, "learning_rate_at", lambda *_: math.nan)
-    ablation.main(["--input", __file__, "--steps", "2", "--seeds", "2", "gelu"])
+    ablation.main(["--input", __file__, "--steps", "2", "--seeds", "2", "no-gates"])
     assert capsys.readouterr().out.endswith("diverges in 2 of 2 runs | | |\n")
