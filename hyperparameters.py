@@ -44,7 +44,7 @@ class Hyperparameters:
     epochs: int = setting(4, 25, 1, 1_000_000, "passes over the training text")
     learning_rate: float = setting(6e-3, 2e-3, 1e-9, 10.0, "size of the largest step")
     warmup_steps: int = setting(100, 100, 0, 1_000_000, "steps that grow; a tenth of all at most")
-    weight_decay: float = setting(0.4, 0.4, 0.0, 100.0, "pull of large matrices towards zero")
+    weight_decay: float = setting(0.3, 0.4, 0.0, 100.0, "pull of large matrices towards zero")
     beta2: float = setting(0.95, 0.95, 0.0, 0.99999, "how slowly AdamW forgets squared gradients")
     gradient_clip: float = setting(1.0, 1.0, 1e-6, 1e6, "length to which a longer gradient shrinks")
     seed: int = setting(1337, 1337, 0, 2**63 - 1, "start of all randomness: same seed, same run")
