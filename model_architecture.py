@@ -14,8 +14,8 @@ likelier. Run it to see what a model looks at (untrained: by chance). Shapes hav
 The first step is an embedding. An id is a name, not an amount: 7 is not more than 3. So each id
 looks up a vector of C numbers, which training finds. From there on a position is such a vector, a
 batch has the shape (B, T, C), and every block takes one and gives one back. The simplest layer is
-Linear, a matrix of parameters: each number it gives is a weighted sum of those it is given (with
-bias=False, nothing is added). Parts are Modules: PyTorch finds their parameters, calls `forward`.
+Linear, a matrix of parameters: each number it gives is a weighted sum of those it is given (plus no
+constant: bias=False). Parts are Modules: PyTorch finds their parameters; part(x) calls `forward`.
 """
 
 import io
@@ -98,11 +98,11 @@ def layer_norm(x: Tensor) -> Tensor:
 
 
 class KVCache:
-    """What later positions need of those read so far: their keys and values in every block.
+    """What later positions need of those read so far, wherever a part of the model looks back.
 
     In writing, each new character would mean reading the whole sequence again. But as no position
-    sees a later one, nothing changes at the old ones. So their keys, values and last inputs of
-    convolutions (below) are kept; not queries: their mixtures are made. Training has no cache.
+    sees a later one, nothing changes at the old ones. So their keys and values are kept, and the
+    last three inputs of each convolution (below); queries are answered. Training has no cache.
     """
 
     def __init__(self) -> None:
@@ -189,11 +189,11 @@ class CausalConvolution(nn.Module):
 class FeedForward(nn.Module):
     """Lets every position work on what it has collected, each on its own.
 
-    Sums of sums are only sums: without a bend in between, a stack of layers could do no more than
-    one. And no sum says "this, but only if that"; a product can. So a first layer makes 4 C
-    numbers, half of them gates: each lets one of the other half through, or holds it back. A second
-    makes C numbers of what passes. A gate bends, too: silu(g) = g / (1 + e^-g) is near 0 for a g
-    far below 0, and near g far above. (SwiGLU: Shazeer 2020)
+    Sums of sums are only sums: without a bend in between, a stack of Linears could do no more than
+    one. And no sum says "this, but only if that"; a product can. So `up` makes 4 C numbers, half of
+    them gates g. Each of the other half is multiplied by silu(g) = g / (1 + e^-g) of its gate:
+    near 0 for a g far below 0, which holds it back; near g far above, which lets it through.
+    This is the bend, too. `down` makes C numbers of these products. (SwiGLU: Shazeer 2020)
     """
 
     def __init__(self, n_embd: int) -> None:
@@ -247,12 +247,12 @@ class TinyGPT(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """Random numbers, as equal ones would learn the same; but zeros where a result is written:
-        a block begins as "add nothing". Step 1 teaches the unembedding, 2 what it reads, 3 all.
+        """Random, as equal numbers fed alike learn alike; but zeros where a result is written: a
+        block begins as "add nothing". Step 1 teaches the unembedding, 2 also what it reads, 3 all.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.05)  # sums are 0.05 sqrt(C) times the inputs
+                nn.init.normal_(module.weight, std=0.05)  # a sum is ~0.05 sqrt(C) times as large
         nn.init.normal_(self.embedding.weight)
         nn.init.zeros_(self.unembedding.weight)
         for block in self.blocks:
