@@ -105,9 +105,9 @@ def shuffled_sequences(length: int, block_size: int, seed: int, epoch: int) -> T
 
     Drawing sequences at random would meet some characters often and others never. Instead the text
     is cut into sequences side by side, and these are shuffled: in one pass over the text, an epoch,
-    each is met once. The first cut is drawn anew for every epoch, so that no character is always
-    second in its sequence, with one alone to guess it from, or left out at an end. All follows from
-    the arguments, so a run that is resumed finds its place by counting.
+    each is met once. The first cut is drawn anew for every epoch, so that hardly a character always
+    comes second in its sequence, with one alone to guess it from. (The last few of the text, fewer
+    than block_size, may never be met.) All follows from the arguments: to resume, a run counts.
     """
     generator = np.random.default_rng([seed, epoch])
     # One id stays over, the last target, so length - 1 ids can be inputs. The first cut skips fewer

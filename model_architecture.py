@@ -33,7 +33,7 @@ from torch import Tensor
 
 from hyperparameters import LAPTOP, Hyperparameters, UserError, end_with_a_sentence
 
-REACH = 3  # characters that the causal convolution looks back
+REACH = 3  # steps that a position looks back in CausalConvolution, below
 ATTENTION_SCALE = 3.0  # see attention_weights
 
 
@@ -102,7 +102,7 @@ class KVCache:
 
     In writing, each new character would mean reading the whole sequence again. But as no position
     sees a later one, nothing changes at the old ones. So their keys and values are kept, and the
-    last three inputs of each convolution (below); queries are answered. Training has no cache.
+    last three inputs of each convolution (below); no query is used again. Training has no cache.
     """
 
     def __init__(self) -> None:
@@ -150,10 +150,10 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             keys = cache.append(self, "keys", keys)  # (B, H, S, D)
             values = cache.append(self, "values", values)
-        if cache is not None and x.shape[1] > 1:  # several new positions: a prompt
+        if cache is not None and x.shape[1] > 1:  # a prompt, or half a window again
             mixture = attention_weights(queries, keys) @ values  # (B, H, T, D)
-        else:  # PyTorch's own way to the same, without storing the shares: in training they would
-            # fill the memory. It hides the future too (is_causal); one new position has none.
+        else:  # PyTorch's own way to the same, without storing the shares, T * T numbers for each
+            # head. It hides the future too (is_causal); one new position has none.
             scale = ATTENTION_SCALE / math.sqrt(queries.shape[-1])
             how = {"is_causal": cache is None, "scale": scale}
             mixture = F.scaled_dot_product_attention(queries, keys, values, **how)

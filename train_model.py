@@ -197,8 +197,8 @@ class Trainer:
         return {
             "settings": asdict(self.settings),  # a run goes on as it began, or not at all
             "text": self.text,  # a fingerprint, to refuse another text
-            "step": self.step,  # from which rate, epoch and batch follow
-            "history": self.history,  # the log so far
+            "step": self.step,  # from which rate and batch follow
+            "history": self.history,  # the log so far; its length says which epoch it is
             "seconds": self.seconds,
             "loss_sum": over_all(self, self.loss_sum),  # of this epoch, to go on with
             "best_loss": self.best_loss,  # to know a better epoch

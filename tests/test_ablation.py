@@ -37,6 +37,7 @@ def test_a_variant_lacks_what_its_name_says():
     assert not model.blocks[0](x, model.rope[:, :4]).any()  # nothing is left of x
     assert ablation.build("one-head", 11, seed=1)[0].blocks[0].attention.n_head == 1
     part = ablation.build("no-gates", 11, seed=1)[0].blocks[0].feed_forward
+    assert not part(x).any()  # it begins as the full model's: adds nothing
     torch.nn.init.normal_(part[2].weight)
     assert torch.equal(part(x), part[2](torch.nn.functional.gelu(x @ part[0].weight.T)))
     model = ablation.build("no-positions", 11, seed=1)[0]
