@@ -341,6 +341,8 @@ def over_all(run: Trainer, value: Tensor, how: Any = dist.ReduceOp.SUM) -> Any:
 def note_signals(run: Trainer, session: contextlib.ExitStack) -> None:
     """The first Ctrl-C or SIGTERM waits for the end of the step; a second quits at once."""
     numbers = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+    if signal.getsignal(numbers[-1]) == signal.SIG_IGN:  # by nohup: to outlive its terminal
+        numbers.pop()
 
     def note(number: int, _: Any) -> None:
         run.stop_signal = number
@@ -348,9 +350,7 @@ def note_signals(run: Trainer, session: contextlib.ExitStack) -> None:
             signal.signal(each, signal.SIG_DFL)
 
     for number in numbers:
-        # A SIGHUP that is ignored is nohup's doing: the run is to outlive its terminal.
-        if number in numbers[:2] or signal.getsignal(number) != signal.SIG_IGN:
-            session.callback(signal.signal, number, signal.signal(number, note))
+        session.callback(signal.signal, number, signal.signal(number, note))
 
 
 def save_or_stop_if_due(run: Trainer) -> None:
@@ -459,8 +459,8 @@ def claim_files(flags: Any, session: contextlib.ExitStack) -> None:
             if "locked" in str(error):
                 problem = f"another run is writing {path!a}; wait for its end, or name other files"
                 raise UserError(problem) from error
-        write_whole(f"{path}.part", b"")  # raises OSError where nothing can be written
-        os.remove(f"{path}.part")
+        write_whole(f"{os.path.realpath(path)}.part", b"")  # OSError where nothing can be written
+        os.remove(f"{os.path.realpath(path)}.part")
 
 
 def choose_settings(flags: Any, device: torch.device, saved: Any = None) -> Hyperparameters:

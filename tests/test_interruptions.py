@@ -72,6 +72,8 @@ def test_neither_a_hangup_under_nohup_nor_missing_locks_stop_a_run(here, straigh
     monkeypatch.setattr(tempfile, "tempdir", str(here / "nowhere"))
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     status = stopped_at(3, *RUN, number=signal.SIGHUP).status
+    with at_step(3, signal.SIGTERM, signal.SIGHUP):  # nor after another signal
+        assert forked([*RUN, *INSIDE[:1], "other.pth"]) == 143
     signal.signal(signal.SIGHUP, before)
     assert (status, results()) == (0, straight)
 
@@ -92,6 +94,9 @@ def test_the_first_save_keeps_what_was_there_and_a_link_stays_a_link():
     assert stopped_at(2, *RUN).status == 130
     assert Path("model.previous.pth").read_bytes() == b"older" and os.path.islink("model.pth")
     load_checkpoint("elsewhere.pth")
+    os.symlink("nowhere/model.pth", "lost.pth")
+    done = train(*RUN, "--checkpoint", "lost.pth")
+    assert "nowhere" in done.sentence() and done.out == ""  # before an epoch is spent
 
 
 def test_a_second_run_is_refused_while_the_first_goes_on(straight):
