@@ -105,14 +105,14 @@ def shuffled_sequences(length: int, block_size: int, seed: int, epoch: int) -> T
 
     Drawing sequences at random would meet some characters often and others never. Instead the text
     is cut into sequences side by side, and these are shuffled: in one pass over the text, an epoch,
-    each is met once. The first cut is drawn anew for every epoch, so that hardly a character always
-    comes second in its sequence, with one alone to guess it from. (The last few of the text, fewer
-    than block_size, may never be met.) All follows from the arguments: to resume, a run counts.
+    each is met once. The first cut is drawn anew for every epoch, so that a character with little
+    before it in one epoch has more in the next. (A few at either end may never be met.) The
+    arguments alone fix the order: a resumed run need only know which step it had reached.
     """
     generator = np.random.default_rng([seed, epoch])
-    # One id stays over, the last target, so length - 1 ids can be inputs. The first cut skips fewer
-    # than `skips` of these; every epoch takes as many sequences as fit behind the largest skip, so
-    # that all epochs are equally long.
+    # The last id is only a target, so length - 1 can be inputs. The first cut skips 0 to skips - 1.
+    # What fits behind the largest skip, (length - 1) - (skips - 1) ids, every epoch takes: so all
+    # epochs are equally long.
     skips = min(block_size, length - block_size)
     first = generator.integers(skips)
     order = generator.permutation((length - skips) // block_size).astype(np.int64)
@@ -146,16 +146,15 @@ def main(argv: Optional[List[str]] = None) -> None:
     print(f"  inputs   {tokenizer.decode(inputs[0])!a:<20} {inputs[0].tolist()}")
     print(f"  targets  {tokenizer.decode(targets[0])!a:<20} {targets[0].tolist()}\n")
     print("the lessons in it: what is given -> what comes next")
-    for end in range(1, 9):
-        given, target = tokenizer.decode(inputs[0, :end]), tokenizer.decode(targets[0, end - 1 :])
-        print(f"  {given!a:>20} -> {target[0]!a}")
+    for end, target in enumerate(tokenizer.decode(targets[0]), start=1):
+        print(f"  {tokenizer.decode(inputs[0, :end])!a:>20} -> {target!a}")
 
 
 # ---- The fold: a first reader goes on to model_architecture.py here. What protects is below. ----
 
 
 def fingerprint(tokenizer: CharTokenizer, ids: Tensor) -> str:
-    """A short name that no other text has: a run resumes only on the text it began with."""
+    """A short name, hardly shared by two texts: a run resumes only on the text it began with."""
     digest = hashlib.sha256(tokenizer.characters.encode("utf-8", "surrogatepass"))
     digest.update(ids.numpy())
     return digest.hexdigest()

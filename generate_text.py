@@ -6,7 +6,7 @@ been there all along. From chapter 4 it takes the file tiny_gpt_model.pth; what 
 
     python generate_text.py                                 writes 500 characters
     python generate_text.py --prompt "ROMEO:" --seed 1      continues a text, repeatably
-    python generate_text.py --temperature 0.5 > page.txt    plays it safe; only the text is piped
+    python generate_text.py --temperature 0.5 > page.txt    plays it safe; only the text goes there
     python generate_text.py --prompt "ROMEO:" --attention a.png     draws what its characters see
 """
 

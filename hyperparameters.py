@@ -24,8 +24,8 @@ def setting(laptop: Any, gpu: Any, lowest: float, highest: float, text: str) -> 
 class Hyperparameters:
     """The choices that a run can vary. Frozen: no code changes one behind the reader's back.
 
-    The first number in a line is for a laptop (LAPTOP, below), the second for a GPU. Change it here
-    for good, or for one run: `python train_model.py --n_layer 6`. UserError for nonsense.
+    A line has the value for a laptop, the one for a GPU, the lowest and the highest allowed. Change
+    it here for good, or for one run: `python train_model.py --n_layer 6`.
     """
 
     # What one step of training sees (chapter 2): about batch_size * block_size characters.
@@ -42,8 +42,8 @@ class Hyperparameters:
 
     # How it learns (chapter 4).
     epochs: int = setting(4, 25, 1, 1_000_000, "passes over the training text")
-    learning_rate: float = setting(6e-3, 2e-3, 1e-9, 10.0, "size of the largest step")
-    warmup_steps: int = setting(100, 100, 0, 1_000_000, "steps that grow; a tenth of all at most")
+    learning_rate: float = setting(6e-3, 2e-3, 1e-9, 10.0, "size of a step, at its largest")
+    warmup_steps: int = setting(100, 100, 0, 1_000_000, "growing first steps (a tenth at most)")
     weight_decay: float = setting(0.3, 0.4, 0.0, 100.0, "pull of large matrices towards zero")
     beta2: float = setting(0.95, 0.95, 0.0, 0.99999, "how slowly AdamW forgets squared gradients")
     gradient_clip: float = setting(1.0, 1.0, 1e-6, 1e6, "length to which a longer gradient shrinks")

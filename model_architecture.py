@@ -51,11 +51,11 @@ def attention_weights(queries: Tensor, keys: Tensor) -> Tensor:
     Queries Q, (B, H, T, D), are those of the last T of the S positions of keys K, (B, H, S, D).
     """
     (T, D), S = queries.shape[-2:], keys.shape[-2]
-    # A sum of D products of independent numbers of mean 0 and variance 1 has variance D. Undivided,
-    # the best of 256 would get 0.6 of the mixture by mere chance (D = 32): too sharp to learn from.
-    # Divided by sqrt(D), scores have variance 1 (Vaswani et al. 2017): by chance it gets 0.04. But
-    # none is above sqrt(D), as queries and keys have that length (see project): with all others at
-    # 0, the best gets 0.5. Times 3 is between: 0.3 by chance, all if learned. `@`: matrix product.
+    # Chance makes scores of size sqrt(D) (root mean square), if keys hold independent numbers of
+    # size 1: the best of 256 then gets 0.6 of the mixture (D = 32), before anything is learned.
+    # Divided by sqrt(D), it gets 0.04 (Vaswani et al. 2017). But then none is above sqrt(D), as
+    # queries and keys have that length (see project): even learned, the best gets 0.5 where others
+    # have 0. Times 3 is between: 0.3 by chance, nearly all if learned. `@`: matrix product.
     scores = queries @ keys.transpose(-2, -1) * (ATTENTION_SCALE / math.sqrt(D))  # (B, H, T, S)
     # In training, the answer stands in the same sequence, one position later. A position must not
     # look there (triu: True right of a diagonal): minus infinity becomes a share of exactly 0.
@@ -64,12 +64,12 @@ def attention_weights(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 # Shuffle what stands before a position, and all this gives the same mixture: attention alone knows
-# no order. It gets in by turning. Take the D numbers of a query or key as D / 2 arrows in a plane,
-# and turn each by an angle that grows with the position. A score is the sum of the dot products of
-# arrows, and each of these depends on two lengths and the angle between; turning one arrow m times,
-# the other n times changes it by m - n turns. So a score depends on what both positions hold and on
-# how far they are apart, but not on where in the sequence they stand: what is learned in one place
-# holds in every place. (RoPE: rotary position embedding, Su et al. 2021)
+# no order. It gets in by turning. Take the D numbers of a query or key in pairs: D / 2 arrows in a
+# plane. At position m, turn each by m times its own angle. A score is the sum of the dot products
+# of a query's arrows with a key's, and each depends on two lengths and the angle between, which the
+# turning changes by m - n times the arrow's own angle (key at n). So a score depends on what both
+# positions hold and how far apart they are, not on where in the sequence they stand: what is
+# learned in one place holds in every place. (RoPE: rotary position embedding, Su et al. 2021)
 
 
 def make_rope(block_size: int, head_size: int) -> Tensor:
@@ -91,8 +91,8 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def layer_norm(x: Tensor) -> Tensor:
-    """Shift and scale the vectors on the last axis of `x` to mean 0 and variance 1, each on its
-    own: whatever grew on the way is of usual size again. (LayerNorm, Ba et al. 2016)
+    """Shift and scale the D or C numbers of each vector so that their mean is 0 and the mean of
+    their squares 1: whatever grew on the way is of usual size again. (LayerNorm, Ba et al. 2016)
     """
     return F.layer_norm(x, x.shape[-1:])
 
@@ -150,10 +150,10 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             keys = cache.append(self, "keys", keys)  # (B, H, S, D)
             values = cache.append(self, "values", values)
-        if cache is not None and x.shape[1] > 1:  # a prompt, or half a window again
+        if cache is not None and x.shape[1] > 1:  # a whole prompt, in writing (chapter 5)
             mixture = attention_weights(queries, keys) @ values  # (B, H, T, D)
-        else:  # PyTorch's own way to the same, without storing the shares, T * T numbers for each
-            # head. It hides the future too (is_causal); one new position has none.
+        else:  # Training, or one new position: the same by PyTorch, without storing T * T shares a
+            # head. is_causal hides the future; one new position, the last of all, has none.
             scale = ATTENTION_SCALE / math.sqrt(queries.shape[-1])
             how = {"is_causal": cache is None, "scale": scale}
             mixture = F.scaled_dot_product_attention(queries, keys, values, **how)
@@ -193,7 +193,7 @@ class FeedForward(nn.Module):
     one. And no sum says "this, but only if that"; a product can. So `up` makes 4 C numbers, half of
     them gates g. Each of the other half is multiplied by silu(g) = g / (1 + e^-g) of its gate:
     near 0 for a g far below 0, which holds it back; near g far above, which lets it through.
-    This is the bend, too. `down` makes C numbers of these products. (SwiGLU: Shazeer 2020)
+    The product is the bend, too. `down` makes C numbers of these products. (SwiGLU: Shazeer 2020)
     """
 
     def __init__(self, n_embd: int) -> None:
@@ -247,8 +247,8 @@ class TinyGPT(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """Random, as equal numbers fed alike learn alike; but zeros where a result is written: a
-        block begins as "add nothing". Step 1 teaches the unembedding, 2 also what it reads, 3 all.
+        """Random, as equal numbers fed alike learn alike; but 0 in what writes a result: blocks add
+        nothing, all logits are 0. (Chapter 4: step 1 reaches only the unembedding, step 3 all.)
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):

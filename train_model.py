@@ -1,10 +1,10 @@
 """Chapter 4 of 5: learning from a text.
 
 At the end of this file you know how a model that guesses blindly becomes one that writes. It reads
-a batch, its surprise at what came next is measured (the loss), it is found out in which direction
-each parameter would raise that surprise (the gradient), all take a small step the other way, and so
-on: that is `train`, and what stands before it explains its lines. From the chapters before
-it takes settings, batches and the model; it hands chapter 5 the file tiny_gpt_model.pth.
+a batch; its surprise at what came next is measured (the loss), and the slope of the loss along each
+parameter (all slopes together: the gradient); each parameter takes a small step downhill; and so
+on: that is `train`, and what stands before it explains its lines. From the chapters before it takes
+settings, batches and the model; it hands chapter 5 the file tiny_gpt_model.pth.
 """
 
 import argparse
@@ -25,7 +25,6 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
@@ -41,7 +40,7 @@ def evaluate(model: TinyGPT, ids: Tensor) -> float:
     """The mean loss of `model` over all whole sequences of `ids`, in nats a character.
 
     Softmax turns the logits into probabilities (cross_entropy does so inside). If the character
-    that came had p, the loss is the surprise at it, -ln p: 0 if the model was sure of it, ln(V) if
+    that came had probability p, its loss is the surprise -ln p: 0 if the model was sure, ln(V) if
     it guessed blindly among V characters, more if it was sure of another. Its unit, from the
     natural logarithm, is the nat (1.44 bits); its mean is called the cross-entropy. Random batches
     would give another figure every time; all sequences, side by side, the same. Dropout is off.
@@ -62,8 +61,8 @@ def learning_rate_at(step: int, total_steps: int, settings: Hyperparameters) -> 
 
     The first gradients point in no direction worth following far, and the optimizer's averages,
     below, rest on few of them: so the rate climbs during warm-up. (Large models can break without;
-    ours, which begins as "add nothing", does not.) From there it falls on a straight line to
-    zero: large steps find the region, small ones settle in it.
+    ours did not.) From there it falls on a straight line to zero: large steps find the region,
+    small ones settle in it.
     """
     warmup = min(settings.warmup_steps, total_steps // 10)
     if step < warmup:
@@ -72,7 +71,7 @@ def learning_rate_at(step: int, total_steps: int, settings: Hyperparameters) -> 
 
 
 def sequence_length_at(epoch: int, settings: Hyperparameters) -> int:
-    """How many characters the sequences of epoch 0, 1, ... have: few at first.
+    """How many characters the sequences of epoch 0, 1, ... have: few at first, if epochs allow.
 
     A model learns letters and words before it learns how lines follow each other, and short
     sequences do for those, with less work in attention. So in the first half of the epochs they
@@ -87,11 +86,11 @@ def sequence_length_at(epoch: int, settings: Hyperparameters) -> int:
 def make_optimizer(model: TinyGPT, settings: Hyperparameters) -> torch.optim.AdamW:
     """AdamW, which scales every parameter's steps on their own (Loshchilov & Hutter 2019).
 
-    Where gradients are a thousand times those elsewhere, one scale for all would be too large;
-    elsewhere, too small. AdamW steps against the average of a parameter's recent gradients
-    (exp_avg; 0.9 of it stays each time), divided by their usual size, the root of the average of
-    their squares (exp_avg_sq; of this, beta2 stays). While gradients agree, that is about 1, and
-    the parameter moves by the learning rate; where their signs change, by far less.
+    One parameter's slope can be a thousand times another's, and one scale would suit only one of
+    them. AdamW divides the average of a parameter's recent slopes (exp_avg: 0.9 of the old, 0.1 of
+    the new) by their usual size, the root of the average of their squares (exp_avg_sq: beta2 of the
+    old); both are corrected for beginning at 0. While slopes agree, that is about 1, and a step has
+    the size of the learning rate; where their signs change, it is far smaller.
 
     By weight decay, a number loses the share learning_rate * weight_decay of itself at every step,
     so that only what many examples ask for stays. Nearly all parameters are in the large matrices,
@@ -103,7 +102,7 @@ def make_optimizer(model: TinyGPT, settings: Hyperparameters) -> torch.optim.Ada
     factors = [p for name, p in parameters if "convolution" in name]
     decayed = {"params": matrices, "weight_decay": settings.weight_decay}
     spared = {"params": factors, "weight_decay": 0.0}
-    # fused: one step for all parameters at once; on a CPU since PyTorch 2.4 (compared as numbers).
+    # lr: `train` sets it. fused: all parameters at once; PyTorch has it for CPUs since 2.4.
     fused = matrices[0].device.type in (["cuda", "cpu"] if torch.__version__ >= "2.4" else ["cuda"])
     return torch.optim.AdamW([decayed, spared], lr=0.0, betas=(0.9, settings.beta2), fused=fused)
 
@@ -111,8 +110,7 @@ def make_optimizer(model: TinyGPT, settings: Hyperparameters) -> torch.optim.Ada
 def train(run: "Trainer") -> None:
     """Learn, from where the run stands to the end of its last epoch.
 
-    Where the comment behind a call of `run` is code, it is the plain PyTorch for it. `share` is the
-    whole batch, unless several processes (see Trainer) divide it.
+    Where the comment behind a call of `run` is code, it is the plain PyTorch for it.
     """
     model, optimizer, settings = run.model, run.optimizer, run.settings
     for epoch in range(len(run.history), settings.epochs):
@@ -121,18 +119,19 @@ def train(run: "Trainer") -> None:
         for starts in run.batches(epoch):  # (B,)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(run.step, run.total_steps, settings)
-            inputs, targets = get_batch(run.train_ids, run.share(starts), T)  # (B, T) each
+            share = starts[run.rank :: run.world_size]  # all, unless several processes divide them
+            inputs, targets = get_batch(run.train_ids, share, T)  # (B, T) each
             logits = run.forward(inputs)  # model(inputs): (B, T, V)
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
             loss = loss / (len(starts) * T)  # the mean over B * T lessons
 
-            # Backward goes from the loss back through the model to find how it would change with
-            # each parameter: its gradient. PyTorch adds it to the last one, so that is cleared.
-            optimizer.zero_grad(set_to_none=True)
+            # Backward finds every slope of the loss, by the chain rule from the end of the model to
+            # its start. PyTorch adds the new gradient to the last one, so that is cleared.
+            optimizer.zero_grad()
             run.backward(loss)  # loss.backward()
-            # An odd batch can have gradients many times as long as usual, all taken as one vector,
-            # and would rule AdamW's averages for long. Shortened to gradient_clip, it hardly does.
-            nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
+            # The gradient of an odd batch, as one vector, can be many times as long as usual, and
+            # would rule AdamW's averages for dozens of steps. Cut to gradient_clip, it cannot.
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
             run.optimizer_step()  # optimizer.step()
             run.finish_step(loss)
 
@@ -142,16 +141,47 @@ def train(run: "Trainer") -> None:
         save(run)
 
 
+def report(run: "Trainer") -> None:
+    """One line for the epoch that just ended, and a sample of what the model writes by now.
+
+    Of an epoch, the training loss is the average, the validation loss that at its end, on sequences
+    of block_size: so at first the second may be the lower one. While both fall, the model learns;
+    when the first falls and the second rises, it mostly learns by heart.
+    """
+    epoch, step, train_loss, val_loss, _ = run.history[-1]
+    speed = epoch * len(run.train_ids) / run.seconds
+    left = tqdm.format_interval((run.total_steps - step) * run.seconds / step)
+    losses = f"step {step:,}  train loss {train_loss:.4f}  val loss {val_loss:.4f}"
+    losses += f" ({val_loss / math.log(2):.3f} bits/char)  {speed:,.0f} chars/s  {left} left"
+    say(run, f"epoch {epoch}/{run.settings.epochs}  {losses}")
+    before = run.history[max(0, epoch - 2)]
+    if train_loss < before[2] and val_loss > before[3] == min(row[3] for row in run.history):
+        hint = "more --dropout, a smaller --n_embd or a longer text helps; the best epoch is kept"
+        say(run, f"over-fitting: it seems to learn its text by heart now, and no other; {hint}")
+    for line in sample(run).splitlines():
+        say(run, f"    {line}")
+
+
+def sample(run: "Trainer") -> str:
+    """What the model writes by now: `sample_characters`, or as many as a second suffices for."""
+    tokenizer, end = run.tokenizer, time.perf_counter() + 1.0
+    count = run.settings.sample_characters if run.rank == 0 else 0
+    prompt = torch.from_numpy(tokenizer.encode(read_prompt(None, tokenizer))).long()  # (1,)
+    generator = torch.Generator().manual_seed(run.settings.seed)  # not the one that dropout uses
+    drawn = generate(run.model, prompt[None], count, generator, temperature=0.8)
+    return tokenizer.decode(itertools.takewhile(lambda _: time.perf_counter() < end, drawn))
+
+
 class Trainer:
-    """All that one run carries: what it is made of, and how far it has come."""
+    """All that one run carries. Behind finish_epoch: what only resuming and several GPUs need."""
 
     def __init__(self, flags: Any, settings: Hyperparameters, device: torch.device) -> None:
         self.flags, self.settings = flags, settings
         self.tokenizer, ids = load_text(flags.input)
         self.text = fingerprint(self.tokenizer, ids)
-        train_ids, val_ids = split(ids, settings.block_size, settings.validation_fraction)
-        self.train_ids, self.val_ids = train_ids.to(device), val_ids.to(device)
-        sequences = len(shuffled_sequences(len(train_ids), settings.block_size, 0, epoch=0))
+        parts = split(ids.to(device), settings.block_size, settings.validation_fraction)
+        self.train_ids, self.val_ids = parts
+        sequences = len(shuffled_sequences(len(parts[0]), settings.block_size, 0, epoch=0))
         self.steps_per_epoch = math.ceil(sequences / settings.batch_size)
         self.total_steps = settings.epochs * self.steps_per_epoch
         self.sizes = {name: getattr(settings, name) for name in SIZES}
@@ -162,8 +192,8 @@ class Trainer:
         self.step = 0  # optimizer steps taken, over all epochs
         self.history: List[List[float]] = []  # the finished epochs, a row each, as in the log
         self.seconds = 0.0  # spent on steps
-        self.best_loss, self.best_parameters = math.inf, None  # of the best epoch so far
-        # Losses are added up where they are: fetching each would make a GPU wait. (No float64: MPS)
+        self.best_parameters: Optional[Dict[str, Tensor]] = None  # of the best epoch so far
+        # Added up on the device: fetching every loss would make a GPU wait. (MPS has no float64.)
         kind = torch.float32 if device.type == "mps" else torch.float64
         self.loss_sum = torch.zeros((), dtype=kind, device=device)  # over this epoch's steps
         set_up_session(self, device)  # rank, world_size, network, number_format, scaler, ...
@@ -185,8 +215,7 @@ class Trainer:
     def finish_epoch(self, val_loss: float) -> None:
         train_loss = over_all(self, self.loss_sum) / self.steps_per_epoch
         refuse_divergence(self, train_loss + val_loss)
-        if val_loss < self.best_loss:
-            self.best_loss = val_loss
+        if val_loss < min((row[3] for row in self.history), default=math.inf):
             self.best_parameters = {n: p.cpu().clone() for n, p in self.model.state_dict().items()}
         epoch = len(self.history) + 1
         self.history.append([epoch, self.step, train_loss, val_loss, round(self.seconds, 1)])
@@ -201,11 +230,8 @@ class Trainer:
             "history": self.history,  # the log so far; its length says which epoch it is
             "seconds": self.seconds,
             "loss_sum": over_all(self, self.loss_sum),  # of this epoch, to go on with
-            "best_loss": self.best_loss,  # to know a better epoch
-            # To go on with; the best ones so far, to write with, stand beside this in the file.
-            "parameters": dict(self.model.state_dict()),
-            # AdamW's averages, without which its first steps would be blind.
-            "optimizer": self.optimizer.state_dict()["state"],
+            "parameters": dict(self.model.state_dict()),  # the newest; the best stand beside this
+            "optimizer": self.optimizer.state_dict()["state"],  # AdamW's averages
             "scaler": self.scaler.state_dict(),  # of float16, see below
             "random": torch.get_rng_state(),  # from which dropout draws
             "random_cuda": torch.cuda.get_rng_state() if self.train_ids.is_cuda else None,
@@ -214,7 +240,7 @@ class Trainer:
     def load_state_dict(self, state: Dict[str, Any], best: Dict[str, Tensor]) -> None:
         """Go back to where `state_dict` was called; `best` are the best parameters at that time."""
         self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
-        self.best_loss, self.best_parameters = state["best_loss"], best if self.history else None
+        self.best_parameters = best if self.history else None
         self.loss_sum.fill_(state["loss_sum"] if self.rank == 0 else 0.0)
         self.model.load_state_dict(state["parameters"])
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]})
@@ -223,12 +249,9 @@ class Trainer:
         if state["random_cuda"] is not None and self.train_ids.is_cuda:
             torch.cuda.set_rng_state(state["random_cuda"])
 
-    # What differs with several processes, or in 16 bits, in which GPUs are quicker. Each process
-    # has a share of every batch, and their gradients are averaged: so each loss is multiplied by
-    # their number. Small gradients vanish in float16: the scaler enlarges the loss, and so them.
-
-    def share(self, starts: Tensor) -> Tensor:
-        return starts[self.rank :: self.world_size]
+    # Of several processes, each has a share of every batch. PyTorch averages their gradients, but
+    # the loss is already divided by the whole batch: so it is multiplied by their number. In 16
+    # bits GPUs are quicker, but small gradients become 0: so the scaler enlarges the loss.
 
     def forward(self, inputs: Tensor) -> Tensor:
         plain, device = self.number_format == torch.float32, inputs.device.type
@@ -242,37 +265,6 @@ class Trainer:
     def optimizer_step(self) -> None:
         self.scaler.step(self.optimizer)
         self.scaler.update()
-
-
-def report(run: Trainer) -> None:
-    """One line for the epoch that just ended, and a sample of what the model writes by now.
-
-    Of an epoch, the training loss is the average, the validation loss that at its end, on sequences
-    of block_size: so at first the second may be the lower one. While both fall, the model learns;
-    when the first falls and the second rises, it mostly learns by heart.
-    """
-    epoch, step, train_loss, val_loss, _ = run.history[-1]
-    speed = epoch * len(run.train_ids) / run.seconds
-    left = tqdm.format_interval((run.total_steps - step) * run.seconds / step)
-    losses = f"step {step:,}  train loss {train_loss:.4f}  val loss {val_loss:.4f}"
-    losses += f" ({val_loss / math.log(2):.3f} bits/char)  {speed:,.0f} chars/s  {left} left"
-    say(run, f"epoch {epoch}/{run.settings.epochs}  {losses}")
-    before = run.history[max(0, epoch - 2)]
-    if train_loss < before[2] and val_loss > before[3] == run.best_loss:
-        hint = "more --dropout, a smaller --n_embd or a longer text helps; the best epoch is kept"
-        say(run, f"over-fitting: it seems to learn its text by heart now, and no other; {hint}")
-    for line in sample(run).splitlines():
-        say(run, f"    {line}")
-
-
-def sample(run: Trainer) -> str:
-    """What the model writes by now: `sample_characters`, or as many as a second suffices for."""
-    tokenizer, end = run.tokenizer, time.perf_counter() + 1.0
-    count = run.settings.sample_characters if run.rank == 0 else 0
-    prompt = torch.from_numpy(tokenizer.encode(read_prompt(None, tokenizer))).long()  # (1,)
-    generator = torch.Generator().manual_seed(run.settings.seed)  # not the one that dropout uses
-    drawn = generate(run.model, prompt[None], count, generator, temperature=0.8)
-    return tokenizer.decode(itertools.takewhile(lambda _: time.perf_counter() < end, drawn))
 
 
 # ---- The fold: a first reader goes on to generate_text.py here. What protects stands below. ------
@@ -310,20 +302,19 @@ def set_up_session(run: Trainer, device: torch.device) -> None:
             say(run, f"warning: the model cannot be compiled here: {reason(error)}")
     if run.world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        run.network = nn.parallel.DistributedDataParallel(run.network)
+        run.network = torch.nn.parallel.DistributedDataParallel(run.network)
 
 
 def rehearse(run: Trainer) -> float:
     """An estimate of the seconds that the run will take, from five steps that change nothing."""
     ids, times = run.train_ids, []
     starts = torch.zeros(run.settings.batch_size, dtype=torch.long, device=ids.device)
-    inputs, _ = get_batch(ids, run.share(starts), run.settings.block_size)
+    inputs, _ = get_batch(ids, starts[run.rank :: run.world_size], run.settings.block_size)
     with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
         for _ in range(5):
             begin = time.perf_counter()
-            loss = run.forward(inputs).sum()
-            loss.backward()
-            loss.item()  # waits for a GPU
+            run.forward(inputs).sum().backward()
+            run.loss_sum.item()  # waits for a GPU
             times.append(time.perf_counter() - begin)
     # Measuring costs a third of learning, as nothing goes backward.
     steps = (run.total_steps - run.step) * (1 + len(run.val_ids) / len(ids) / 3)
@@ -497,8 +488,7 @@ def resume(flags: Any, device: torch.device) -> Trainer:
         averages = [{"step": torch.ones(()), "exp_avg": p, "exp_avg_sq": p} for p in parameters]
         like["optimizer"] = dict(enumerate(averages)) if state["optimizer"] else {}
         check_like("unfinished run", state, like)
-        this_epoch = state["step"] - finished * run.steps_per_epoch
-        if finished >= settings.epochs or not 0 <= this_epoch <= run.steps_per_epoch:
+        if not finished <= state["step"] / run.steps_per_epoch <= finished + 1 <= settings.epochs:
             raise UserError("its counts of steps and epochs do not fit together")
         run.load_state_dict(state, dict(best.state_dict()))
         return run
@@ -529,10 +519,8 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
 def prepare(flags: Any) -> Trainer:
     """The run that the flags ask for, new or resumed, ready to learn; says what it is."""
     device, why = choose_device(flags.device)
-    if flags.resume:
-        run = resume(flags, device)
-    else:
-        run = Trainer(flags, choose_settings(flags, device), device)
+    settings = None if flags.resume else choose_settings(flags, device)
+    run = Trainer(flags, settings, device) if settings else resume(flags, device)
     if run.rank > 0:  # the same dropout everywhere would waste the others' randomness
         torch.manual_seed(run.settings.seed + run.step + run.rank)
     left = tqdm.format_interval(rehearse(run))

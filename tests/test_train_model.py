@@ -230,7 +230,6 @@ FORGED = {
     "training/history/0": [(1, 9, 2.0, 2.0, 1.0), [1, 9, 2.0, "2", 1.0], "12345", [None] * 5, HUGE],
     "training/loss_sum": [math.inf, 10**400, None, torch.zeros(2)],
     "training/seconds": [math.nan, 10**400, "1"],
-    "training/best_loss": [None, 1, "x"],
     "training/parameters": [None, {}, [1]],
     "training/parameters/unembedding.weight": [None, torch.zeros(3), PARTLY_NAN],
     "training/optimizer": [None, [], {0: 1}],
