@@ -110,9 +110,9 @@ def shuffled_sequences(length: int, block_size: int, seed: int, epoch: int) -> T
     arguments alone fix the order: a resumed run need only know which step it had reached.
     """
     generator = np.random.default_rng([seed, epoch])
-    # The last id is only a target, so length - 1 can be inputs. The first cut skips 0 to skips - 1.
-    # What fits behind the largest skip, (length - 1) - (skips - 1) ids, every epoch takes: so all
-    # epochs are equally long.
+    # The first cut skips 0 to skips - 1 ids; the last id is only a target. So even the largest skip
+    # leaves length - 1 - (skips - 1) = length - skips inputs. Every epoch takes as many sequences
+    # as fit in these: so all epochs are equally long.
     skips = min(block_size, length - block_size)
     first = generator.integers(skips)
     order = generator.permutation((length - skips) // block_size).astype(np.int64)
@@ -124,7 +124,7 @@ def get_batch(ids: Tensor, starts: Tensor, block_size: int) -> Tuple[Tensor, Ten
 
     B is the number of sequences, T their length. The target of every character is the one after it,
     so the targets are the inputs moved by one, and one sequence holds T lessons: guess the second
-    character from the first, the third from the first two, ... (A column plus a row is a table.)
+    character from the first, the third from the first two, ... (A column + a row: a table of sums.)
     """
     places = starts[:, None] + torch.arange(block_size + 1, device=ids.device)  # (B, T + 1)
     sequences = ids[places].long()

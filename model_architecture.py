@@ -51,11 +51,11 @@ def attention_weights(queries: Tensor, keys: Tensor) -> Tensor:
     Queries Q, (B, H, T, D), are those of the last T of the S positions of keys K, (B, H, S, D).
     """
     (T, D), S = queries.shape[-2:], keys.shape[-2]
-    # Chance makes scores of size sqrt(D) (root mean square), if keys hold independent numbers of
-    # size 1: the best of 256 then gets 0.6 of the mixture (D = 32), before anything is learned.
-    # Divided by sqrt(D), it gets 0.04 (Vaswani et al. 2017). But then none is above sqrt(D), as
-    # queries and keys have that length (see project): even learned, the best gets 0.5 where others
-    # have 0. Times 3 is between: 0.3 by chance, nearly all if learned. `@`: matrix product.
+    # Queries and keys have length sqrt(D) (see project). Say D = 32, 256 keys. If random, their
+    # dot products are about +-sqrt(D), and the best key gets 0.6 of the mixture by mere chance. If
+    # divided by sqrt(D), 0.04 (Vaswani et al. 2017). But then no score is above sqrt(D), and even a
+    # perfect fit, all other scores being 0, gets only 0.5. Times 3 is between: 0.3 by chance,
+    # nearly 1 for a perfect fit. Q @ K^T holds the dot product of every query with every key.
     scores = queries @ keys.transpose(-2, -1) * (ATTENTION_SCALE / math.sqrt(D))  # (B, H, T, S)
     # In training, the answer stands in the same sequence, one position later. A position must not
     # look there (triu: True right of a diagonal): minus infinity becomes a share of exactly 0.
@@ -63,13 +63,13 @@ def attention_weights(queries: Tensor, keys: Tensor) -> Tensor:
     return scores.masked_fill(future, -math.inf).softmax(dim=-1)
 
 
-# Shuffle what stands before a position, and all this gives the same mixture: attention alone knows
-# no order. It gets in by turning. Take the D numbers of a query or key in pairs: D / 2 arrows in a
-# plane. At position m, turn each by m times its own angle. A score is the sum of the dot products
-# of a query's arrows with a key's, and each depends on two lengths and the angle between, which the
-# turning changes by m - n times the arrow's own angle (key at n). So a score depends on what both
-# positions hold and how far apart they are, not on where in the sequence they stand: what is
-# learned in one place holds in every place. (RoPE: rotary position embedding, Su et al. 2021)
+# Shuffle what stands before a position, and its mixture stays the same: a sum has no order. Order
+# gets in by turning. Take the D numbers of a query or key in pairs: D / 2 arrows in a plane. Every
+# arrow has a speed, fixed for all positions; at position m it is turned by m times that angle. A
+# score is the sum of the dot products of a query's arrows (at m) with a key's (at n); each is both
+# lengths times the cosine of the angle between, which turning changes by (m - n) * speed. So the
+# score depends on what both positions hold and how far apart they are, not on where they stand:
+# what is learned in one place holds in all. (RoPE: rotary position embedding, Su et al. 2021)
 
 
 def make_rope(block_size: int, head_size: int) -> Tensor:
@@ -100,9 +100,9 @@ def layer_norm(x: Tensor) -> Tensor:
 class KVCache:
     """What later positions need of those read so far, wherever a part of the model looks back.
 
-    In writing, each new character would mean reading the whole sequence again. But as no position
-    sees a later one, nothing changes at the old ones. So their keys and values are kept, and the
-    last three inputs of each convolution (below); no query is used again. Training has no cache.
+    Without it, each character written would mean reading the whole text again. But no position sees
+    a later one, so nothing changes at the old ones: their keys and values are kept, and the last
+    three inputs of each convolution (below). Training has no cache: skip it until chapter 5.
     """
 
     def __init__(self) -> None:
@@ -123,7 +123,7 @@ class MultiHeadAttention(nn.Module):
     One softmax gives one set of shares, so one mixture. But a position has several questions at
     once: which letters does this word have so far, who speaks, does a line end here? The answers
     would blur. So each of H heads forms its own queries, keys and values, of D numbers, from all C
-    of a position, and asks a question of its own: all of them for about the price of one.
+    of a position, and asks its own question; `output` makes one vector of C of their H answers.
     """
 
     def __init__(self, n_embd: int, n_head: int) -> None:
@@ -150,22 +150,22 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             keys = cache.append(self, "keys", keys)  # (B, H, S, D)
             values = cache.append(self, "values", values)
-        if cache is not None and x.shape[1] > 1:  # a whole prompt, in writing (chapter 5)
+        if cache is not None and x.shape[1] > 1:  # a whole prompt, when writing (chapter 5)
             mixture = attention_weights(queries, keys) @ values  # (B, H, T, D)
-        else:  # Training, or one new position: the same by PyTorch, without storing T * T shares a
-            # head. is_causal hides the future; one new position, the last of all, has none.
+        else:  # Training, or one new position: PyTorch computes the same, but need not store
+            # all shares at once. is_causal hides the future; one new position, the last, has none.
             scale = ATTENTION_SCALE / math.sqrt(queries.shape[-1])
             how = {"is_causal": cache is None, "scale": scale}
             mixture = F.scaled_dot_product_attention(queries, keys, values, **how)
-        return self.output(mixture.transpose(1, 2).reshape(x.shape))
+        return self.output(mixture.transpose(1, 2).reshape(x.shape))  # heads side by side: H D = C
 
 
 class CausalConvolution(nn.Module):
     """Mixes into every position a little of the three before it.
 
     The characters just before are the best hint at the next one. Attention can learn to look one
-    step back, but takes long to find out; a sum needs only to learn its factors. Each of the C
-    numbers has three, one for each step back, which begin as 0, "add nothing": a causal depthwise
+    step back, but takes long to find out. Here, to each of the C numbers, the same number of
+    1, 2 and 3 steps back is added, each times a learned factor (0 at first): a causal depthwise
     convolution (after So et al. 2021, Primer). One before the blocks and one in each of four reach
     15 back, on a laptop: attention is for what stands farther away, or at no fixed distance.
     """
@@ -179,9 +179,9 @@ class CausalConvolution(nn.Module):
         inputs = F.pad(x, (0, 0, REACH, 0)) if is_first else x  # zeros before the first position
         if cache is not None:
             inputs = cache.append(self, "inputs", inputs, keep=REACH)  # (B, REACH + T, C)
-        if T == 1:  # in writing: the same by one product, quicker than by three small ones
+        if T == 1:  # one new position: the same by one product, quicker than by three small ones
             return x + (inputs[:, :REACH] * self.weight).sum(dim=1, keepdim=True)
-        for step, factors in enumerate(self.weight):  # (C,)
+        for step, factors in enumerate(self.weight):  # (C,); `inputs` begins three before x
             x = torch.addcmul(x, inputs[:, step : step + T], factors)
         return x
 
@@ -189,11 +189,11 @@ class CausalConvolution(nn.Module):
 class FeedForward(nn.Module):
     """Lets every position work on what it has collected, each on its own.
 
-    Sums of sums are only sums: without a bend in between, a stack of Linears could do no more than
-    one. And no sum says "this, but only if that"; a product can. So `up` makes 4 C numbers, half of
-    them gates g. Each of the other half is multiplied by silu(g) = g / (1 + e^-g) of its gate:
-    near 0 for a g far below 0, which holds it back; near g far above, which lets it through.
-    The product is the bend, too. `down` makes C numbers of these products. (SwiGLU: Shazeer 2020)
+    Weighted sums of weighted sums are weighted sums: a stack of Linears alone can do no more than
+    one. And no sum says "this, but only if that"; a product can. So `up` makes 4 C numbers: 2 C and
+    for each of these a gate g. The number is multiplied by silu(g) = g / (1 + e^-g): near 0 for a
+    g far below 0, which shuts it out; near g itself for one far above, which lets it in g-fold.
+    `down` makes C weighted sums of the 2 C products. (SwiGLU: Shazeer 2020)
     """
 
     def __init__(self, n_embd: int) -> None:
@@ -207,14 +207,14 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, a short look back, then feed-forward; the first and the last add to what is there.
+    """Attention, then feed-forward behind a short look back; each adds to what is there.
 
-    If every part replaced its input, the input would be lost on its way through a deep stack, and
-    so would be the signal that tells the first blocks how to improve. So these two add what they
-    found, and what was there before passes through (residual connections, He et al. 2015). As such
-    sums grow from block to block, attention and convolution read a copy of usual size (LayerNorm in
-    front: Xiong et al. 2020). Dropout zeroes a random share of what is added, enlarges the rest, in
-    training only: no number can be relied upon, and learning by heart is harder (Srivastava 2014).
+    If every part replaced its input, little of the input would survive a deep stack, and little of
+    what tells the first blocks how to improve (slopes, chapter 4). So both add what they find, and
+    what was there passes through (residual connections, He et al. 2015). As such sums grow from
+    block to block, both read a copy of usual size (LayerNorm in front: Xiong et al. 2020). Dropout,
+    in training only, zeroes a random share of what is added, and enlarges the rest to make up:
+    no number can be relied upon, and learning by heart is harder (Srivastava 2014).
     """
 
     def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
@@ -247,8 +247,8 @@ class TinyGPT(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """Random, as equal numbers fed alike learn alike; but 0 in what writes a result: blocks add
-        nothing, all logits are 0. (Chapter 4: step 1 reaches only the unembedding, step 3 all.)
+        """Random, as equal numbers fed alike stay equal. But 0 in the last Linear of each part, fed
+        unlike numbers: so blocks add nothing at first, and all logits are 0.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -262,7 +262,7 @@ class TinyGPT(nn.Module):
     def forward(self, ids: Tensor, cache: Optional[KVCache] = None) -> Tensor:
         """Ids (B, T) to logits (B, T, V): at each position, for the character that comes after it.
 
-        With a cache, they follow the ids read before. Raises ValueError for more than block_size.
+        With a cache, `ids` go on where it ends. Raises ValueError for more than block_size.
         """
         past, T = 0 if cache is None else cache.length, ids.shape[1]
         refuse_too_long(past + T, self.block_size)

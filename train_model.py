@@ -35,23 +35,30 @@ from hyperparameters import GPU, LAPTOP, Hyperparameters, Parser, UserError, end
 from model_architecture import FORMAT, SIZES, TinyGPT, check_like, load_checkpoint, reason
 
 
-@torch.no_grad()
-def evaluate(model: TinyGPT, ids: Tensor) -> float:
-    """The mean loss of `model` over all whole sequences of `ids`, in nats a character.
+def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """The losses of all lessons, added up: logits (B, T, V) and targets (B, T).
 
     Softmax turns the logits into probabilities (cross_entropy does so inside). If the character
     that came had probability p, its loss is the surprise -ln p: 0 if the model was sure, ln(V) if
     it guessed blindly among V characters, more if it was sure of another. Its unit, from the
-    natural logarithm, is the nat (1.44 bits); its mean is called the cross-entropy. Random batches
-    would give another figure every time; all sequences, side by side, the same. Dropout is off.
+    natural logarithm, is the nat (1.44 bits); its mean is called the cross-entropy.
+    """
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+@torch.no_grad()
+def evaluate(model: TinyGPT, ids: Tensor) -> float:
+    """The mean loss of `model` over all whole sequences of `ids`, in nats a character.
+
+    Random batches would give another figure every time; all sequences, side by side, the same.
+    Dropout is off, and as nothing is learned here, PyTorch need not prepare for it (no_grad).
     """
     block_size, was_training, total = model.block_size, model.training, 0.0
     starts = torch.arange(0, len(ids) - block_size, block_size, device=ids.device)
     model.eval()
     for some in starts.split(max(1, 8_192 // block_size)):  # (B,): 8,192 characters at once
         inputs, targets = get_batch(ids, some, block_size)  # (B, T) each
-        logits = model(inputs)  # (B, T, V)
-        total += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+        total += loss_sum(model(inputs), targets).item()
     model.train(was_training)
     return total / (len(starts) * block_size)
 
@@ -59,10 +66,10 @@ def evaluate(model: TinyGPT, ids: Tensor) -> float:
 def learning_rate_at(step: int, total_steps: int, settings: Hyperparameters) -> float:
     """The learning rate, the size of a step, at step number `step`, counted from 0.
 
-    The first gradients point in no direction worth following far, and the optimizer's averages,
-    below, rest on few of them: so the rate climbs during warm-up. (Large models can break without;
-    ours did not.) From there it falls on a straight line to zero: large steps find the region,
-    small ones settle in it.
+    The first slopes point in no direction worth following far, and the averages in make_optimizer,
+    below, rest on few of them: so for warmup_steps the rate climbs. (Without that, large models can
+    break; ours did not in 500 steps.) Then it falls on a straight line to zero: large steps find
+    the region, small ones settle in it.
     """
     warmup = min(settings.warmup_steps, total_steps // 10)
     if step < warmup:
@@ -84,13 +91,13 @@ def sequence_length_at(epoch: int, settings: Hyperparameters) -> int:
 
 
 def make_optimizer(model: TinyGPT, settings: Hyperparameters) -> torch.optim.AdamW:
-    """AdamW, which scales every parameter's steps on their own (Loshchilov & Hutter 2019).
+    """The optimizer, which makes steps of slopes: AdamW (Loshchilov & Hutter 2019).
 
-    One parameter's slope can be a thousand times another's, and one scale would suit only one of
-    them. AdamW divides the average of a parameter's recent slopes (exp_avg: 0.9 of the old, 0.1 of
-    the new) by their usual size, the root of the average of their squares (exp_avg_sq: beta2 of the
-    old); both are corrected for beginning at 0. While slopes agree, that is about 1, and a step has
-    the size of the learning rate; where their signs change, it is far smaller.
+    Simplest would be `parameter -= rate * slope`. But one slope can be a thousand times another;
+    no rate suits both. AdamW's is `parameter -= rate * average / size`. Each step, `average`
+    is 0.9 of the old one + 0.1 of the new slope; `size` is the root of such an average of squares
+    (with beta2 for 0.9). Both begin at 0, and are enlarged to make up for it. If slopes agree, the
+    quotient is about 1 or -1, and a step as large as the rate; where signs change, far smaller.
 
     By weight decay, a number loses the share learning_rate * weight_decay of itself at every step,
     so that only what many examples ask for stays. Nearly all parameters are in the large matrices,
@@ -102,7 +109,7 @@ def make_optimizer(model: TinyGPT, settings: Hyperparameters) -> torch.optim.Ada
     factors = [p for name, p in parameters if "convolution" in name]
     decayed = {"params": matrices, "weight_decay": settings.weight_decay}
     spared = {"params": factors, "weight_decay": 0.0}
-    # lr: `train` sets it. fused: all parameters at once; PyTorch has it for CPUs since 2.4.
+    # `train` sets lr. fused: all at once; on CPUs since PyTorch 2.4 (versions compare as numbers).
     fused = matrices[0].device.type in (["cuda", "cpu"] if torch.__version__ >= "2.4" else ["cuda"])
     return torch.optim.AdamW([decayed, spared], lr=0.0, betas=(0.9, settings.beta2), fused=fused)
 
@@ -110,7 +117,7 @@ def make_optimizer(model: TinyGPT, settings: Hyperparameters) -> torch.optim.Ada
 def train(run: "Trainer") -> None:
     """Learn, from where the run stands to the end of its last epoch.
 
-    Where the comment behind a call of `run` is code, it is the plain PyTorch for it.
+    `run` is a Trainer, below. A comment like `# loss.backward()` is what its line does at heart.
     """
     model, optimizer, settings = run.model, run.optimizer, run.settings
     for epoch in range(len(run.history), settings.epochs):
@@ -122,15 +129,14 @@ def train(run: "Trainer") -> None:
             share = starts[run.rank :: run.world_size]  # all, unless several processes divide them
             inputs, targets = get_batch(run.train_ids, share, T)  # (B, T) each
             logits = run.forward(inputs)  # model(inputs): (B, T, V)
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-            loss = loss / (len(starts) * T)  # the mean over B * T lessons
+            loss = loss_sum(logits, targets) / (len(starts) * T)  # the mean over B * T lessons
 
-            # Backward finds every slope of the loss, by the chain rule from the end of the model to
-            # its start. PyTorch adds the new gradient to the last one, so that is cleared.
+            # Backward finds all slopes in one walk from the loss back to the ids, since the slopes
+            # of steps in a row multiply (chain rule). It adds to old slopes, so these are cleared.
             optimizer.zero_grad()
             run.backward(loss)  # loss.backward()
-            # The gradient of an odd batch, as one vector, can be many times as long as usual, and
-            # would rule AdamW's averages for dozens of steps. Cut to gradient_clip, it cannot.
+            # The gradient, all slopes as one vector, can be far longer than usual for an odd batch,
+            # and rule AdamW's averages for dozens of steps; so it is shortened to gradient_clip.
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
             run.optimizer_step()  # optimizer.step()
             run.finish_step(loss)
@@ -144,8 +150,8 @@ def train(run: "Trainer") -> None:
 def report(run: "Trainer") -> None:
     """One line for the epoch that just ended, and a sample of what the model writes by now.
 
-    Of an epoch, the training loss is the average, the validation loss that at its end, on sequences
-    of block_size: so at first the second may be the lower one. While both fall, the model learns;
+    The training loss is the average over the epoch, with dropout; the validation loss is that at
+    its end, without. So at first the second may be the lower. While both fall, the model learns;
     when the first falls and the second rises, it mostly learns by heart.
     """
     epoch, step, train_loss, val_loss, _ = run.history[-1]
@@ -154,7 +160,7 @@ def report(run: "Trainer") -> None:
     losses = f"step {step:,}  train loss {train_loss:.4f}  val loss {val_loss:.4f}"
     losses += f" ({val_loss / math.log(2):.3f} bits/char)  {speed:,.0f} chars/s  {left} left"
     say(run, f"epoch {epoch}/{run.settings.epochs}  {losses}")
-    before = run.history[max(0, epoch - 2)]
+    before = run.history[max(0, epoch - 2)]  # the epoch before; next: was it the best so far?
     if train_loss < before[2] and val_loss > before[3] == min(row[3] for row in run.history):
         hint = "more --dropout, a smaller --n_embd or a longer text helps; the best epoch is kept"
         say(run, f"over-fitting: it seems to learn its text by heart now, and no other; {hint}")
