@@ -1,7 +1,7 @@
 """Chapter 1 of 5: the numbers that a person chooses.
 
 A language model is a function that says what comes next in a text. It has very many adjustable
-numbers, its parameters (670,000 on a laptop), which training finds. The few that a person chooses
+numbers, its parameters (680,000 on a laptop), which training finds. The few that a person chooses
 beforehand are its hyperparameters, or settings. This file lists them; most words in it are new, and
 chapters 2 to 4 explain them. All files import this one; running it prints the table.
 """

@@ -242,6 +242,7 @@ class TinyGPT(nn.Module):
         self.convolution = CausalConvolution(n_embd)
         self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout) for _ in range(n_layer))
         self.unembedding = nn.Linear(n_embd, vocab_size, bias=False)
+        self.after_next = nn.Linear(n_embd, vocab_size, bias=False)  # for chapter 4 alone
         rope = make_rope(block_size, n_embd // n_head)
         self.register_buffer("rope", rope, persistent=False)  # follows from the sizes: not saved
         self.initialise()
@@ -255,14 +256,16 @@ class TinyGPT(nn.Module):
                 nn.init.normal_(module.weight, std=0.05)  # a sum is ~0.05 sqrt(C) times as large
         nn.init.normal_(self.embedding.weight)
         nn.init.zeros_(self.unembedding.weight)
+        nn.init.zeros_(self.after_next.weight)
         for block in self.blocks:
             nn.init.zeros_(block.attention.output.weight)
             nn.init.zeros_(block.feed_forward.down.weight)
 
-    def forward(self, ids: Tensor, cache: Optional[KVCache] = None) -> Tensor:
+    def forward(self, ids: Tensor, cache: Optional[KVCache] = None, both: bool = False) -> Any:
         """Ids (B, T) to logits (B, T, V): at each position, for the character that comes after it.
 
-        With a cache, `ids` go on where it ends. Raises ValueError for more than block_size.
+        With a cache, `ids` go on where it ends. With `both`, a second set comes with these logits:
+        those for the next character but one. Raises ValueError for more than block_size.
         """
         past, T = 0 if cache is None else cache.length, ids.shape[1]
         refuse_too_long(past + T, self.block_size)
@@ -272,7 +275,9 @@ class TinyGPT(nn.Module):
             x = block(x, rope, cache)
         if cache is not None:
             cache.length += T
-        return self.unembedding(layer_norm(x))  # (B, T, V)
+        x = layer_norm(x)
+        logits = self.unembedding(x)  # (B, T, V)
+        return (logits, self.after_next(x)) if both else logits
 
 
 def attention_of(model: TinyGPT, ids: Tensor) -> List[Tensor]:

@@ -128,13 +128,18 @@ def train(run: "Trainer") -> None:
                 group["lr"] = learning_rate_at(run.step, run.total_steps, settings)
             share = starts[run.rank :: run.world_size]  # all, unless several processes divide them
             inputs, targets = get_batch(run.train_ids, share, T)  # (B, T) each
-            logits = run.forward(inputs)  # model(inputs): (B, T, V)
+            logits, after_next = run.forward(inputs)  # model(inputs, both=True): (B, T, V) each
             loss = loss_sum(logits, targets) / (len(starts) * T)  # the mean over B * T lessons
+            # In training, each position also guesses the next character but one, the target of its
+            # right neighbour (the last has none). No text is written by that guess: it is there to
+            # improve the C numbers that both guesses are made from. (after Gloeckle et al. 2024)
+            second_loss = loss_sum(after_next[:, :-1], targets[:, 1:]) / (len(starts) * T)
+            left = 1 - run.step / run.total_steps  # from 1 to 0: the second lesson fades away
 
             # Backward finds all slopes in one walk from the loss back to the ids, since the slopes
             # of steps in a row multiply (chain rule). It adds to old slopes, so these are cleared.
             optimizer.zero_grad()
-            run.backward(loss)  # loss.backward()
+            run.backward(loss + 0.3 * left * second_loss)  # (...).backward()
             # The gradient, all slopes as one vector, can be far longer than usual for an odd batch,
             # and rule AdamW's averages for dozens of steps; so it is shortened to gradient_clip.
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
@@ -259,10 +264,10 @@ class Trainer:
     # the loss is already divided by the whole batch: so it is multiplied by their number. In 16
     # bits GPUs are quicker, but small gradients become 0: so the scaler enlarges the loss.
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor) -> List[Tensor]:
         plain, device = self.number_format == torch.float32, inputs.device.type
         with contextlib.nullcontext() if plain else torch.autocast(device, self.number_format):
-            return self.network(inputs).float()
+            return [logits.float() for logits in self.network(inputs, both=True)]
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss * self.world_size).backward()
@@ -319,7 +324,7 @@ def rehearse(run: Trainer) -> float:
     with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
         for _ in range(5):
             begin = time.perf_counter()
-            run.forward(inputs).sum().backward()
+            sum(logits.sum() for logits in run.forward(inputs)).backward()
             run.loss_sum.item()  # waits for a GPU
             times.append(time.perf_counter() - begin)
     # Measuring costs a third of learning, as nothing goes backward.

@@ -24,16 +24,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from data_handling import get_batch, load_text, shuffled_sequences, split  # noqa: E402
 from hyperparameters import LAPTOP, Hyperparameters, end_with_a_sentence  # noqa: E402
 from model_architecture import Block, TinyGPT, layer_norm  # noqa: E402
-from train_model import evaluate, learning_rate_at, make_optimizer  # noqa: E402
+from train_model import evaluate, learning_rate_at, loss_sum, make_optimizer  # noqa: E402
 
 VARIANTS = ["full", "no-attention", "no-feed-forward", "no-residuals", "no-layer-norm"]
 VARIANTS += ["no-positions", "no-convolution", "no-warm-up", "one-head", "no-gates"]
+VARIANTS += ["no-second-guess"]
 
 
 def times(factor: float) -> nn.Module:
@@ -54,9 +54,9 @@ class Chain(Block):
 class Unscaled(TinyGPT):
     """No LayerNorm: not behind the embedding or the blocks, in a block, on queries and keys."""
 
-    def forward(self, ids: torch.Tensor, cache: Any = None) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, cache: Any = None, both: bool = False) -> Any:
         with mock.patch("model_architecture.layer_norm", lambda x: x):
-            return super().forward(ids, cache)
+            return super().forward(ids, cache, both)
 
 
 def build(name: str, vocab_size: int, seed: int) -> Tuple[TinyGPT, Hyperparameters]:
@@ -71,6 +71,8 @@ def build(name: str, vocab_size: int, seed: int) -> Tuple[TinyGPT, Hyperparamete
     if name == "no-convolution":
         for part in (model, *model.blocks):
             part.convolution = times(1.0)
+    if name == "no-second-guess":  # it is blind, and teaches nothing
+        model.after_next = times(0.0)
     for block in model.blocks:
         if name == "no-attention":  # of the past, only what the convolutions reach is left
             block.attention = times(0.0)
@@ -100,11 +102,13 @@ def learn(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, steps, s)
         inputs, targets = get_batch(train, next(batches), s.block_size)
-        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        logits, after_next = model(inputs, both=True)
+        loss = loss_sum(logits, targets) / targets.numel()
+        second_loss = loss_sum(after_next[:, :-1], targets[:, 1:]) / targets.numel()
         if not math.isfinite(loss.item()):
             return math.nan
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        optimizer.zero_grad()
+        (loss + 0.3 * (1 - step / steps) * second_loss).backward()
         nn.utils.clip_grad_norm_(model.parameters(), s.gradient_clip)
         optimizer.step()
     return evaluate(model, val)

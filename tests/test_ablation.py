@@ -11,6 +11,7 @@ OTHER = {  # which of the full model's parameters a variant lacks, renames or be
     "no-residuals": ("attention.output", "feed_forward.down"),
     "no-convolution": ("convolution",),
     "no-gates": ("feed_forward",),
+    "no-second-guess": ("after_next",),
 }
 
 

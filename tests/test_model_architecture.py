@@ -100,7 +100,9 @@ def test_every_part_adds_what_it_makes_of_a_normalised_copy():
         passed = gates / (1 + (-gates).exp()) * numbers
         assert close(block(before, rope), between + passed @ part.down.weight.t(), 1e-4)
         x = block(x, rope)
-    assert close(model(ids), F.layer_norm(x, (16,)) @ model.unembedding.weight.t(), 1e-4)
+    x, (first, second) = F.layer_norm(x, (16,)), model(ids, both=True)
+    assert close(first, x @ model.unembedding.weight.t(), 1e-4) and torch.equal(first, model(ids))
+    assert close(second, x @ model.after_next.weight.t(), 1e-4)
 
 
 @pytest.mark.parametrize("T, n_head, n_layer", [(8, 2, 2), (12, 4, 3)])
@@ -111,7 +113,7 @@ def test_neither_the_future_nor_another_row_of_the_batch_can_leak(T, n_head, n_l
     ids = torch.randperm(2 * T, generator=torch.Generator().manual_seed(0))
     for t in range(T):
         model.zero_grad()
-        model(ids.view(2, T))[0, t].square().sum().backward()
+        sum(x[0, t].square().sum() for x in model(ids.view(2, T), both=True)).backward()
         influence = model.embedding.weight.grad[ids].abs().amax(dim=-1)  # (2 T,)
         assert (influence[: t + 1] > 0).all() and (influence[t + 1 :] == 0).all()
     for name, parameter in model.named_parameters():  # after the last, every one takes part

@@ -97,9 +97,11 @@ def test_training_is_the_plain_loop_that_the_chapter_describes():
         for starts in shuffled_sequences(len(train_ids), T, 5, epoch).tensor_split(STEPS):
             optimizer.param_groups[0]["lr"] = learning_rate_at(step, 2 * STEPS, settings)
             inputs, targets = get_batch(train_ids, starts, T)
-            loss = F.cross_entropy(model(inputs).transpose(1, 2), targets)
+            logits, after_next = (x.transpose(1, 2) for x in model(inputs, both=True))
+            loss = F.cross_entropy(logits, targets)
+            second = F.cross_entropy(after_next[..., :-1], targets[:, 1:]) * (T - 1) / T
             optimizer.zero_grad()
-            loss.backward()
+            (loss + 0.3 * (1 - step / (2 * STEPS)) * second).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
             optimizer.step()
             losses.append(loss.item())
