@@ -35,7 +35,7 @@ from hyperparameters import GPU, LAPTOP, Hyperparameters, Parser, UserError, end
 from model_architecture import FORMAT, SIZES, TinyGPT, check_like, load_checkpoint, reason
 
 
-def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
+def total_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """The losses of all lessons, added up: logits (B, T, V) and targets (B, T).
 
     Softmax turns the logits into probabilities (cross_entropy does so inside). If the character
@@ -58,7 +58,7 @@ def evaluate(model: TinyGPT, ids: Tensor) -> float:
     model.eval()
     for some in starts.split(max(1, 8_192 // block_size)):  # (B,): 8,192 characters at once
         inputs, targets = get_batch(ids, some, block_size)  # (B, T) each
-        total += loss_sum(model(inputs), targets).item()
+        total += total_loss(model(inputs), targets).item()
     model.train(was_training)
     return total / (len(starts) * block_size)
 
@@ -129,11 +129,11 @@ def train(run: "Trainer") -> None:
             share = starts[run.rank :: run.world_size]  # all, unless several processes divide them
             inputs, targets = get_batch(run.train_ids, share, T)  # (B, T) each
             logits, after_next = run.forward(inputs)  # model(inputs, both=True): (B, T, V) each
-            loss = loss_sum(logits, targets) / (len(starts) * T)  # the mean over B * T lessons
+            loss = total_loss(logits, targets) / (len(starts) * T)  # the mean over B * T lessons
             # In training, each position also guesses the next character but one, the target of its
             # right neighbour (the last has none). No text is written by that guess: it is there to
             # improve the C numbers that both guesses are made from. (after Gloeckle et al. 2024)
-            second_loss = loss_sum(after_next[:, :-1], targets[:, 1:]) / (len(starts) * T)
+            second_loss = total_loss(after_next[:, :-1], targets[:, 1:]) / (len(starts) * T)
             left = 1 - run.step / run.total_steps  # from 1 to 0: the second lesson fades away
 
             # Backward finds all slopes in one walk from the loss back to the ids, since the slopes

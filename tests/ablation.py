@@ -29,7 +29,7 @@ from tqdm import tqdm  # noqa: E402
 from data_handling import get_batch, load_text, shuffled_sequences, split  # noqa: E402
 from hyperparameters import LAPTOP, Hyperparameters, end_with_a_sentence  # noqa: E402
 from model_architecture import Block, TinyGPT, layer_norm  # noqa: E402
-from train_model import evaluate, learning_rate_at, loss_sum, make_optimizer  # noqa: E402
+from train_model import evaluate, learning_rate_at, make_optimizer, total_loss  # noqa: E402
 
 VARIANTS = ["full", "no-attention", "no-feed-forward", "no-residuals", "no-layer-norm"]
 VARIANTS += ["no-positions", "no-convolution", "no-warm-up", "one-head", "no-gates"]
@@ -103,8 +103,8 @@ def learn(
             group["lr"] = learning_rate_at(step, steps, s)
         inputs, targets = get_batch(train, next(batches), s.block_size)
         logits, after_next = model(inputs, both=True)
-        loss = loss_sum(logits, targets) / targets.numel()
-        second_loss = loss_sum(after_next[:, :-1], targets[:, 1:]) / targets.numel()
+        loss = total_loss(logits, targets) / targets.numel()
+        second_loss = total_loss(after_next[:, :-1], targets[:, 1:]) / targets.numel()
         if not math.isfinite(loss.item()):
             return math.nan
         optimizer.zero_grad()
