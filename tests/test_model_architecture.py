@@ -124,7 +124,8 @@ def test_learning_begins_at_the_loss_of_blind_guessing_with_blocks_that_add_noth
     torch.manual_seed(0)
     model, x = TinyGPT(10, block_size=16, n_embd=32, n_head=4, n_layer=1), torch.randn(1, 16, 32)
     assert torch.equal(model.blocks[0](x, model.rope), x)
-    assert torch.equal(model(some(2, 16, below=10)), torch.zeros(2, 16, 10))
+    for logits in model(some(2, 16, below=10), both=True):
+        assert torch.equal(logits, torch.zeros(2, 16, 10))
 
 
 def test_dropout_acts_on_either_part_in_training_only():

@@ -163,6 +163,9 @@ def test_over_fitting_is_named_and_the_checkpoint_holds_the_parameters_of_the_be
     interrupt(4 * STEPS, *argv)  # later than the best epoch, which must be remembered
     learn(*RESUME)
     assert results() == straight
+    learn(*TINY, "--learning_rate", "0.03", "--seed", "1")
+    first, second = (float(row[3]) for row in log_rows())
+    assert evaluate(load_checkpoint("model.pth")[0], split_text()[1]) == first < second
 
 
 def test_a_run_goes_on_as_it_began_or_not_at_all(here):
@@ -224,7 +227,7 @@ FORGED = {
     "training": [5, [], "x", {}, torch.zeros(3)],
     "training/settings": [None, {}, {"n_embd": 16}, {"new": 1}],
     "training/settings/beta2": ["0.9", math.nan],
-    "training/settings/epochs": [0, 2.0, True, "2", None, 10**12],
+    "training/settings/epochs": [0, 1, 2.0, True, "2", None, 10**12],
     "training/settings/n_embd": [32, 4096, HUGE],
     "training/text": [None, "", b"x"],
     "training/step": [-1, 0, STEPS - 1, 2 * STEPS + 1, 10**30, 1.5, True, None, "x", HUGE],
