@@ -58,7 +58,8 @@ def evaluate(model: TinyGPT, ids: Tensor) -> float:
     model.eval()
     for some in starts.split(max(1, 8_192 // block_size)):  # (B,): 8,192 characters at once
         inputs, targets = get_batch(ids, some, block_size)  # (B, T) each
-        total += total_loss(model(inputs), targets).item()
+        logits = model(inputs)  # (B, T, V)
+        total += total_loss(logits, targets).item()
     model.train(was_training)
     return total / (len(starts) * block_size)
 
