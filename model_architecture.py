@@ -100,7 +100,7 @@ def layer_norm(x: Tensor) -> Tensor:
 class KVCache:
     """What later positions need of those read so far, wherever a part of the model looks back.
 
-    Without it, each character written would mean reading the whole text again. But no position sees
+    Without it, each character written would mean reading all before it again. But no position sees
     a later one, so nothing changes at the old ones: their keys and values are kept, and the last
     three inputs of each convolution (below). Training has no cache: skip it until chapter 5.
     """
