@@ -149,7 +149,8 @@ def choose_device(wanted: str) -> Tuple[torch.device, str]:
             torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()
             return device, torch.cuda.get_device_name(device)
         except RuntimeError as error:
-            why = f"the GPU is visible but cannot run a kernel: {reason(error)}"
+            why = f"{device} is visible but cannot run a kernel: {reason(error)}"
+            wanted = "cuda" if device.index else wanted  # of several processes, none falls back
     if not works and wanted != "auto":
         raise UserError(f"--device {wanted} cannot be used ({why}); try --device cpu")
     return torch.device("cpu" if wanted == "auto" else wanted), why

@@ -307,8 +307,9 @@ def set_up_session(run: Trainer, device: torch.device) -> None:
     run.scaler = scaler(enabled=run.number_format == torch.float16)
     if run.flags.compile == "on" or (run.flags.compile == "auto" and device.type == "cuda"):
         try:
-            run.network = torch.compile(run.model, dynamic=False)
-            rehearse(run)
+            run.network = torch.compile(run.model, dynamic=True)
+            for T in (sequence_length_at(0, run.settings), run.settings.block_size):
+                rehearse(run, T)  # it compiles once for whole windows, once for what is shorter
         except Exception as error:
             run.network = run.model
             say(run, f"warning: the model cannot be compiled here: {reason(error)}")
@@ -317,11 +318,12 @@ def set_up_session(run: Trainer, device: torch.device) -> None:
         run.network = torch.nn.parallel.DistributedDataParallel(run.network)
 
 
-def rehearse(run: Trainer) -> float:
-    """An estimate of the seconds that the run will take, from five steps that change nothing."""
-    ids, times = run.train_ids, []
-    starts = torch.zeros(run.settings.batch_size, dtype=torch.long, device=ids.device)
-    inputs, _ = get_batch(ids, starts[run.rank :: run.world_size], run.settings.block_size)
+def rehearse(run: Trainer, T: int) -> float:
+    """The seconds that the run would take, from five steps of length T that change nothing."""
+    ids, times, settings = run.train_ids, [], run.settings
+    rows = settings.batch_size * settings.block_size // T
+    starts = torch.zeros(rows, dtype=torch.long, device=ids.device)
+    inputs, _ = get_batch(ids, starts[run.rank :: run.world_size], T)
     with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
         for _ in range(5):
             begin = time.perf_counter()
@@ -535,7 +537,7 @@ def prepare(flags: Any) -> Trainer:
     run = Trainer(flags, settings, device) if settings else resume(flags, device)
     if run.rank > 0:  # the same dropout everywhere would waste the others' randomness
         torch.manual_seed(run.settings.seed + run.step + run.rank)
-    left = tqdm.format_interval(rehearse(run))
+    left = tqdm.format_interval(rehearse(run, run.settings.block_size))
     V, train, val = run.tokenizer.vocab_size, len(run.train_ids), len(run.val_ids)
     parameters = sum(p.numel() for p in run.model.parameters())
     say(run, f"device    {device} ({why}), {str(run.number_format)[6:]} matrix products")
@@ -561,7 +563,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             note_signals(run, session)
             train(run)
         except RuntimeError as error:
-            if not dist.is_initialized() or "memory" in str(error):
+            if os.environ.get("WORLD_SIZE", "1") == "1" or "memory" in str(error):
                 raise
             raise UserError(f"another process of this run has ended ({reason(error)})") from error
         best = min(run.history, key=lambda row: row[3])

@@ -7,7 +7,6 @@ run, as a ratio; times are medians. `--json` prints the same figures for another
 import argparse
 import contextlib
 import json
-import operator
 import statistics
 import subprocess
 import sys
@@ -140,8 +139,7 @@ def write_uncached(model: nn.Module, count: int) -> None:
 def writing_speed(name: str, settings: Hyperparameters, count: int) -> dict:
     """Characters a second with the cache (1000 of them), without, and of a plain GPT.
 
-    They take turns, with the cache for half a window (in which it is read again once): so whatever
-    else the machine does slows all of them.
+    They take turns, so that whatever else the machine does slows all; the cache has half a window.
     """
     sizes = [getattr(settings, n) for n in ("block_size", "n_embd", "n_head", "n_layer")]
     torch.manual_seed(0)
@@ -161,7 +159,7 @@ def writing_speed(name: str, settings: Hyperparameters, count: int) -> dict:
     for kind, found in speeds.items():
         figures[f"writing, {name} model, {kind}, characters/s"] = statistics.median(found)
         if kind != "cached":
-            ratios = map(operator.truediv, speeds["cached"], found)
+            ratios = [cached / other for cached, other in zip(speeds["cached"], found)]
             figures[f"writing, {name} model, against {kind}"] = statistics.median(ratios)
     return figures
 

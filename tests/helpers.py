@@ -73,6 +73,11 @@ def tiny_model(vocab_size=15, **sizes):
     return model.eval()
 
 
+def close(one, other, tolerance=1e-5):
+    """Whether two tensors have one shape, and numbers that hardly differ."""
+    return one.shape == other.shape and bool(((one - other).abs() <= tolerance).all())
+
+
 def write_checkpoint(path, model, vocabulary, **training):
     """Save as train_model.py does: the finished model, or beside it what a run left behind."""
     contents = {"format": 2, "sizes": model.sizes, "vocabulary": vocabulary, **training}

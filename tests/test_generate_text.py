@@ -10,7 +10,7 @@ from unittest import mock
 import helpers
 import pytest
 import torch
-from helpers import LETTERS, call, given, st, tiny_model, write_checkpoint
+from helpers import LETTERS, call, close, given, st, tiny_model, write_checkpoint
 
 from data_handling import CharTokenizer
 from generate_text import generate, main, next_probabilities, write_samples
@@ -21,10 +21,6 @@ KNOWN = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.7, 0.1, 0.1, 0.1]])
 ONE_HOT = torch.tensor([[0.0, 1, 0, 0], [1, 0, 0, 0]])
 FINITE = st.floats(-(2.0**100), 2.0**100, width=32)
 LOGITS = st.lists(FINITE, min_size=1, max_size=9).map(lambda row: torch.tensor([row, row[::-1]]))
-
-
-def close(one, other, tolerance=1e-6):
-    return torch.allclose(one.double(), other.double(), rtol=0, atol=tolerance)
 
 
 def test_the_temperature_sets_the_odds_and_0_puts_all_on_the_best():

@@ -14,16 +14,12 @@ import zlib
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import LETTERS, ROOT, call, refusal, tiny_model, write_checkpoint
+from helpers import LETTERS, ROOT, call, close, refusal, tiny_model, write_checkpoint
 
 import model_architecture as chapter
 from generate_text import choose_device
 from hyperparameters import UserError
 from model_architecture import KVCache, TinyGPT, load_checkpoint, make_rope
-
-
-def close(one, other, tolerance=1e-5):
-    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=tolerance)
 
 
 def some(*shape, below=14):
@@ -166,6 +162,8 @@ def test_auto_takes_the_cpu_where_no_gpu_works_and_others_are_refused(monkeypatc
         for wanted, why in (("cuda", problem), ("mps", "no such GPU")):
             sentence = refusal(choose_device, wanted)
             assert f"--device {wanted} " in sentence and why in sentence
+    monkeypatch.setenv("LOCAL_RANK", "1")  # the second process of a machine with one GPU
+    assert "cuda:1 " in refusal(choose_device, "auto")
 
 
 @torch.no_grad()
@@ -312,7 +310,7 @@ def test_all_but_a_plain_zip_is_refused_before_pytorch_sees_it(checkpoint, monke
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail(f"seen: {name}"))
     for name, data in bad.items():
         refuse(checkpoint, data)
-        assert zipfile.is_zipfile(checkpoint), name  # a careless look finds nothing wrong
+        assert zipfile.is_zipfile(checkpoint) or name == "a zip, then a zip"  # a careless look
 
 
 def test_pytorch_reads_the_very_parts_that_were_checked(checkpoint):
