@@ -106,13 +106,13 @@ def shuffled_sequences(length: int, block_size: int, seed: int, epoch: int) -> T
     Drawing sequences at random would meet some characters often and others never. Instead the text
     is cut into sequences side by side, and these are shuffled: in one pass over the text, an epoch,
     each is met once. The first cut is drawn anew for every epoch, so that a character with little
-    before it in one epoch has more in the next. (A few at either end may never be met.) The
+    before it in one epoch may have more in the next. (A few at either end may never be met.) The
     arguments alone fix the order: a resumed run need only know which step it had reached.
     """
     generator = np.random.default_rng([seed, epoch])
     # The first cut skips 0 to skips - 1 ids; the last id is only a target. So even the largest skip
     # leaves length - 1 - (skips - 1) = length - skips inputs. Every epoch takes as many sequences
-    # as fit in these: so all epochs are equally long.
+    # as fit in these: so all epochs of one block_size are equally long.
     skips = min(block_size, length - block_size)
     first = generator.integers(skips)
     order = generator.permutation((length - skips) // block_size).astype(np.int64)

@@ -13,7 +13,7 @@ likelier. Run it to see what a model looks at (untrained: by chance). Shapes hav
 
 The first step is an embedding. An id is a name, not an amount: 7 is not more than 3. So each id
 looks up a vector of C numbers, which training finds. From there on a position is such a vector, a
-batch has the shape (B, T, C), and every block takes one and gives one back. The simplest layer is
+batch has the shape (B, T, C), and every block takes one and gives one back. The simplest part is
 Linear, a matrix of parameters: each number it gives is a weighted sum of those it is given (plus no
 constant: bias=False). Parts are Modules: PyTorch finds their parameters; part(x) calls `forward`.
 """
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from hyperparameters import LAPTOP, Hyperparameters, UserError, end_with_a_sentence
 
-REACH = 3  # steps that a position looks back in CausalConvolution, below
+REACH = 3  # positions looked back in CausalConvolution, below
 ATTENTION_SCALE = 3.0  # see attention_weights
 
 
@@ -65,7 +65,7 @@ def attention_weights(queries: Tensor, keys: Tensor) -> Tensor:
 
 # Shuffle what stands before a position, and its mixture stays the same: a sum has no order. Order
 # gets in by turning. Take the D numbers of a query or key in pairs: D / 2 arrows in a plane. Every
-# arrow has a speed, fixed for all positions; at position m it is turned by m times that angle. A
+# arrow has a speed, fixed for all positions; at position m it is turned by m times its speed. A
 # score is the sum of the dot products of a query's arrows (at m) with a key's (at n); each is both
 # lengths times the cosine of the angle between, which turning changes by (m - n) * speed. So the
 # score depends on what both positions hold and how far apart they are, not on where they stand:
@@ -83,7 +83,7 @@ def make_rope(block_size: int, head_size: int) -> Tensor:
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn the arrows of `x`, (B, H, T, D), each by its angle at its position."""
+    """Turn the arrows of `x`, (B, heads, T, D), each by its angle at its position."""
     cos, sin = rope  # (T, D) each; the first half of `sin` has a minus sign, because:
     # an arrow (a, b), turned, is (a cos - b sin, b cos + a sin). `x` has all a, then all b.
     swapped = x.roll(x.shape[-1] // 2, dims=-1)  # all b, then all a
@@ -118,7 +118,7 @@ class KVCache:
 
 
 class MultiHeadAttention(nn.Module):
-    """Lets every position collect what it needs from the positions before it.
+    """Lets every position collect what it needs from those up to its own.
 
     One softmax gives one set of shares, so one mixture. But a position has several questions at
     once: which letters does this word have so far, who speaks, does a line end here? The answers
@@ -140,7 +140,7 @@ class MultiHeadAttention(nn.Module):
         # matrices; so the heads go to the front, where the batch is, and T stays with D.
         heads = self.queries_keys_values(x).view(B, T, 3 * H, D).transpose(1, 2)  # (B, 3H, T, D)
         queries_keys, values = heads.split((2 * H, H), dim=1)
-        # Longer queries and keys make all scores larger; in training they could grow without end.
+        # Longer queries and keys spread all scores; in training they could grow without end.
         # LayerNorm gives each the length sqrt(D), which turning keeps. (after Henry et al. 2020)
         queries_keys = apply_rope(layer_norm(queries_keys), rope)  # (B, 2H, T, D)
         return (*queries_keys.chunk(2, dim=1), values)
@@ -164,15 +164,15 @@ class CausalConvolution(nn.Module):
     """Mixes into every position a little of the three before it.
 
     The characters just before are the best hint at the next one. Attention can learn to look one
-    step back, but takes long to find out. Here, to each of the C numbers, the same number of
-    1, 2 and 3 steps back is added, each times a learned factor (0 at first): a causal depthwise
-    convolution (after So et al. 2021, Primer). One before the blocks and one in each of four reach
-    15 back, on a laptop: attention is for what stands farther away, or at no fixed distance.
+    back, but takes long to find out. Here, to each of the C numbers of a position, those in its
+    place 1, 2 and 3 positions back are added, each times a learned factor (0 at first): a causal
+    depthwise convolution (after So et al. 2021, Primer). One before the blocks and one in each of
+    four reach 15 back, on a laptop: attention is for what is farther away, or at no fixed distance.
     """
 
     def __init__(self, n_embd: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(REACH, n_embd))  # the farthest step back first
+        self.weight = nn.Parameter(torch.zeros(REACH, n_embd))  # the farthest first
 
     def forward(self, x: Tensor, cache: Optional[KVCache] = None) -> Tensor:
         T, is_first = x.shape[1], cache is None or cache.length == 0
@@ -181,8 +181,8 @@ class CausalConvolution(nn.Module):
             inputs = cache.append(self, "inputs", inputs, keep=REACH)  # (B, REACH + T, C)
         if T == 1:  # one new position: the same by one product, quicker than by three small ones
             return x + (inputs[:, :REACH] * self.weight).sum(dim=1, keepdim=True)
-        for step, factors in enumerate(self.weight):  # (C,); `inputs` begins three before x
-            x = torch.addcmul(x, inputs[:, step : step + T], factors)
+        for i, factors in enumerate(self.weight):  # (C,); `inputs` begins three before x
+            x = torch.addcmul(x, inputs[:, i : i + T], factors)
         return x
 
 
@@ -252,7 +252,7 @@ class TinyGPT(nn.Module):
         unlike numbers: so blocks add nothing at first, and all logits are 0.
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear):  # std: the usual size
                 nn.init.normal_(module.weight, std=0.05)  # a sum is ~0.05 sqrt(C) times as large
         nn.init.normal_(self.embedding.weight)
         nn.init.zeros_(self.unembedding.weight)

@@ -56,7 +56,7 @@ def evaluate(model: TinyGPT, ids: Tensor) -> float:
     block_size, was_training, total = model.block_size, model.training, 0.0
     starts = torch.arange(0, len(ids) - block_size, block_size, device=ids.device)
     model.eval()
-    for some in starts.split(max(1, 8_192 // block_size)):  # (B,): 8,192 characters at once
+    for some in starts.split(max(1, 8_192 // block_size)):  # (B,): about 8,192 characters
         inputs, targets = get_batch(ids, some, block_size)  # (B, T) each
         logits = model(inputs)  # (B, T, V)
         total += total_loss(logits, targets).item()
@@ -98,13 +98,13 @@ def make_optimizer(model: TinyGPT, settings: Hyperparameters) -> torch.optim.Ada
     no rate suits both. AdamW's is `parameter -= rate * average / size`. Each step, `average`
     is 0.9 of the old one + 0.1 of the new slope; `size` is the root of such an average of squares
     (with beta2 for 0.9). Both begin at 0, and are enlarged to make up for it. If slopes agree, the
-    quotient is about 1 or -1, and a step as large as the rate; where signs change, far smaller.
+    quotient is about 1 or -1, and a step as large as the rate; where signs change, smaller.
 
-    By weight decay, a number loses the share learning_rate * weight_decay of itself at every step,
-    so that only what many examples ask for stays. (What counts is the share lost in an epoch: for
-    half as many steps, take twice the weight decay; Wang & Aitchison 2024.) Nearly all parameters
-    are in the large matrices, the embedding's among them, and only these have room to learn a text
-    by heart. The convolutions, with three factors for each of C numbers, have not, and are spared.
+    By weight decay, a number loses the share rate * weight_decay of itself at every step, so that
+    only what many examples ask for stays. (What counts is the share lost in an epoch: for half as
+    many steps, take twice the weight decay; Wang & Aitchison 2024.) Nearly all parameters are in
+    the large matrices, the embedding's among them, and only these have room to learn a text by
+    heart. The convolutions, with three factors for each of C numbers, have not, and are spared.
     """
     parameters = list(model.named_parameters())
     matrices = [p for name, p in parameters if "convolution" not in name]
@@ -119,7 +119,7 @@ def make_optimizer(model: TinyGPT, settings: Hyperparameters) -> torch.optim.Ada
 def train(run: "Trainer") -> None:
     """Learn, from where the run stands to the end of its last epoch.
 
-    `run` is a Trainer, below. A comment like `# loss.backward()` is what its line does at heart.
+    `run` is a Trainer, below. A comment like `# optimizer.step()` is what its line does at heart.
     """
     model, optimizer, settings = run.model, run.optimizer, run.settings
     for epoch in range(len(run.history), settings.epochs):
@@ -186,7 +186,7 @@ def sample(run: "Trainer") -> str:
 
 
 class Trainer:
-    """All that one run carries. Behind finish_epoch: what only resuming and several GPUs need."""
+    """All that one run carries. Behind finish_epoch: for resuming, several GPUs, and 16 bits."""
 
     def __init__(self, flags: Any, settings: Hyperparameters, device: torch.device) -> None:
         self.flags, self.settings = flags, settings
@@ -206,7 +206,7 @@ class Trainer:
         self.history: List[List[float]] = []  # the finished epochs, a row each, as in the log
         self.seconds = 0.0  # spent on steps
         self.best_parameters: Optional[Dict[str, Tensor]] = None  # of the best epoch so far
-        # Added up on the device: fetching every loss would make a GPU wait. (MPS has no float64.)
+        # Added up on the device, as fetching makes a GPU wait. (MPS, a Mac's, has no float64.)
         kind = torch.float32 if device.type == "mps" else torch.float64
         self.loss_sum = torch.zeros((), dtype=kind, device=device)  # over this epoch's steps
         set_up_session(self, device)  # rank, world_size, network, number_format, scaler, ...
@@ -263,13 +263,14 @@ class Trainer:
             torch.cuda.set_rng_state(state["random_cuda"])
 
     # Of several processes, each has a share of every batch. PyTorch averages their gradients, but
-    # the loss is already divided by the whole batch: so it is multiplied by their number. In 16
-    # bits GPUs are quicker, but small gradients become 0: so the scaler enlarges the loss.
+    # the loss is already divided by the whole batch: so it is multiplied by their number. GPUs
+    # are quicker in 16 bits; but in float16 small slopes become 0: so the scaler enlarges the loss.
 
     def forward(self, inputs: Tensor) -> List[Tensor]:
         plain, device = self.number_format == torch.float32, inputs.device.type
+        some = inputs if len(inputs) else inputs.new_zeros(1, inputs.shape[1])  # GPUs refuse none
         with contextlib.nullcontext() if plain else torch.autocast(device, self.number_format):
-            return [logits.float() for logits in self.network(inputs, both=True)]
+            return [logits.float()[: len(inputs)] for logits in self.network(some, both=True)]
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss * self.world_size).backward()
@@ -308,14 +309,16 @@ def set_up_session(run: Trainer, device: torch.device) -> None:
     run.scaler = scaler(enabled=run.number_format == torch.float16)
     if run.flags.compile == "on" or (run.flags.compile == "auto" and device.type == "cuda"):
         try:
-            run.network = torch.compile(run.model, dynamic=True)
+            run.network = torch.compile(run.model, dynamic=torch.__version__ >= "2.5")
+            torch._dynamo.config.optimize_ddp = False  # or a share of one sequence ends the run
             for T in (sequence_length_at(0, run.settings), run.settings.block_size):
                 rehearse(run, T)  # it compiles once for whole windows, once for what is shorter
         except Exception as error:
             run.network = run.model
             say(run, f"warning: the model cannot be compiled here: {reason(error)}")
     if run.world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has none
+        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
         run.network = torch.nn.parallel.DistributedDataParallel(run.network)
 
 
@@ -335,11 +338,11 @@ def rehearse(run: Trainer, T: int) -> float:
     return steps * sorted(times)[2]
 
 
-def over_all(run: Trainer, value: Tensor, how: Any = dist.ReduceOp.SUM) -> Any:
+def over_all(run: Trainer, value: Tensor, how: str = "SUM") -> Any:
     """The sum, or another combination, of the `value` that each process brings."""
     value = value.detach().cpu().clone()
     if run.world_size > 1:
-        dist.all_reduce(value, op=how)
+        dist.all_reduce(value, op=getattr(dist.ReduceOp, how))
     return value.tolist()
 
 
@@ -362,7 +365,7 @@ def save_or_stop_if_due(run: Trainer) -> None:
     """After a step: see that the loss is a number, save when it is time, stop when asked to."""
     due = time.monotonic() - run.last_save > 60 * run.settings.save_minutes
     # Of several processes, each has a vote, so that all of them stop after the same step.
-    stop_signal, due = over_all(run, torch.tensor([run.stop_signal, due]), dist.ReduceOp.MAX)
+    stop_signal, due = over_all(run, torch.tensor([run.stop_signal, due]), "MAX")
     if stop_signal or due or run.step % 50 == 0:
         refuse_divergence(run, run.loss_sum.item())
     if stop_signal or due:
@@ -573,6 +576,6 @@ def main(argv: Optional[List[str]] = None) -> None:
 
 if __name__ == "__main__":
     status = end_with_a_sentence(main, lower="batch_size, block_size, n_layer or n_embd")
-    if dist.is_initialized():
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         os._exit(status)  # PyTorch 2.4 can hang in parting
     sys.exit(status)
