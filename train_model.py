@@ -169,7 +169,7 @@ def report(run: "Trainer") -> None:
     say(run, f"epoch {epoch}/{run.settings.epochs}  {losses}")
     before = run.history[max(0, epoch - 2)]  # the epoch before; next: was it the best so far?
     if train_loss < before[2] and val_loss > before[3] == min(row[3] for row in run.history):
-        hint = "more --dropout, a smaller --n_embd or a longer text helps; the best epoch is kept"
+        hint = "more --weight_decay, --dropout or text helps; the best epoch is kept"
         say(run, f"over-fitting: it seems to learn its text by heart now, and no other; {hint}")
     for line in sample(run).splitlines():
         say(run, f"    {line}")
