@@ -150,7 +150,7 @@ def choose_device(wanted: str) -> Tuple[torch.device, str]:
             return device, torch.cuda.get_device_name(device)
         except RuntimeError as error:
             why = f"{device} is visible but cannot run a kernel: {reason(error)}"
-            wanted = "cuda" if device.index else wanted  # of several processes, none falls back
+            wanted = "cuda" if "LOCAL_RANK" in os.environ else wanted  # of several, none falls back
     if not works and wanted != "auto":
         raise UserError(f"--device {wanted} cannot be used ({why}); try --device cpu")
     return torch.device("cpu" if wanted == "auto" else wanted), why

@@ -323,7 +323,7 @@ def set_up_session(run: Trainer, device: torch.device) -> None:
 
 
 def rehearse(run: Trainer, T: int) -> float:
-    """The seconds that the run would take, from five steps of length T that change nothing."""
+    """The seconds that the run would take, from five steps at length T that change nothing."""
     ids, times, settings = run.train_ids, [], run.settings
     starts = ids.new_zeros(settings.batch_size * settings.block_size // T, dtype=torch.long)
     inputs, _ = get_batch(ids, starts[run.rank :: run.world_size], T)
