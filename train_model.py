@@ -354,7 +354,7 @@ def note_signals(run: Trainer, session: contextlib.ExitStack) -> None:
 
     def note(number: int, _: Any) -> None:
         run.stop_signal = number
-        for each in numbers:
+        for each in numbers[:2]:  # not a second hangup: a closing terminal sends two
             signal.signal(each, signal.SIG_DFL)
 
     for number in numbers:
