@@ -59,16 +59,16 @@ def next_probabilities(
     return torch.zeros_like(probabilities).scatter_(-1, order, probabilities)  # ids in their order
 
 
-@torch.inference_mode()
+@torch.inference_mode()  # as no_grad in chapter 4, and quicker
 def generate(
     model: TinyGPT, prompt: Tensor, max_new_tokens: int, generator: torch.Generator, **settings: Any
 ) -> Iterator[Tensor]:
     """Continue the ids `prompt`, (B, T); yield the next id of every row, (B,), as it is drawn.
 
-    Of a prompt longer than the context window, its end is read. Once the window is full, its newest
-    half is read again into an empty cache; half, so that this is rare. What is kept has seen the
-    oldest characters, so these cannot be dropped alone. Ids are drawn on the CPU, with `generator`;
-    `settings` are those of next_probabilities.
+    Of a prompt longer than the context window, its end is read. Once the window is full, its oldest
+    characters must go; but what is kept has seen them. So its newest half is read again into an
+    empty cache; half, so that this is rare. Ids are drawn on the CPU, with `generator`; `settings`
+    are those of next_probabilities.
     """
     model.eval()  # dropout is for learning
     device, block_size = model.embedding.weight.device, model.block_size

@@ -37,13 +37,13 @@ class Hyperparameters:
     # How large the model is (chapter 3).
     n_layer: int = setting(4, 6, 1, 1_000, "blocks of the model, often called layers")
     n_head: int = setting(4, 6, 1, 1_024, "attention heads in each block")
-    n_embd: int = setting(128, 384, 2, 65_536, "numbers that describe a position in the model")
+    n_embd: int = setting(128, 384, 2, 65_536, "numbers that describe a position of a text")
     dropout: float = setting(0.0, 0.2, 0.0, 0.99, "share of a block's results zeroed in training")
 
     # How it learns (chapter 4).
     epochs: int = setting(4, 8, 1, 1_000_000, "passes over the training text")
     learning_rate: float = setting(6e-3, 2e-3, 1e-9, 10.0, "size of a step, at its largest")
-    warmup_steps: int = setting(100, 100, 0, 1_000_000, "growing first steps (a tenth at most)")
+    warmup_steps: int = setting(100, 100, 0, 1_000_000, "growing steps (first tenth at most)")
     weight_decay: float = setting(0.3, 1.6, 0.0, 100.0, "pull of large matrices towards zero")
     beta2: float = setting(0.95, 0.95, 0.0, 0.99999, "how slowly AdamW forgets squared gradients")
     gradient_clip: float = setting(1.0, 1.0, 1e-6, 1e6, "length to which a longer gradient shrinks")

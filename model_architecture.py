@@ -53,9 +53,9 @@ def attention_weights(queries: Tensor, keys: Tensor) -> Tensor:
     (T, D), S = queries.shape[-2:], keys.shape[-2]
     # Queries and keys have length sqrt(D) (see project). Say D = 32, 256 keys. If random, their
     # dot products are about +-sqrt(D), and the best key gets 0.6 of the mixture by mere chance. If
-    # divided by sqrt(D), 0.04 (Vaswani et al. 2017). But then no score is above sqrt(D), and even a
-    # perfect fit, all other scores being 0, gets only 0.5. Times 3 is between: 0.3 by chance,
-    # nearly 1 for a perfect fit. Q @ K^T holds the dot product of every query with every key.
+    # divided by sqrt(D), 0.04 (Vaswani et al. 2017). But then none is above sqrt(D), and even a
+    # perfect fit, all others being 0, gets only 0.5 here. Times 3 is between: 0.3 by chance, nearly
+    # 1 for a perfect fit. Q @ K^T holds the dot product of every query with every key.
     scores = queries @ keys.transpose(-2, -1) * (ATTENTION_SCALE / math.sqrt(D))  # (B, H, T, S)
     # In training, the answer stands in the same sequence, one position later. A position must not
     # look there (triu: True right of a diagonal): minus infinity becomes a share of exactly 0.
@@ -63,9 +63,9 @@ def attention_weights(queries: Tensor, keys: Tensor) -> Tensor:
     return scores.masked_fill(future, -math.inf).softmax(dim=-1)
 
 
-# Shuffle what stands before a position, and its mixture stays the same: a sum has no order. Order
-# gets in by turning. Take the D numbers of a query or key in pairs: D / 2 arrows in a plane. Every
-# arrow has a speed, fixed for all positions; at position m it is turned by m times its speed. A
+# Shuffle the vectors before a position, and its mixture stays the same: a sum has no order. In
+# attention, order gets in by turning. Take the D numbers of a query or key in pairs: D / 2 arrows
+# in a plane. Every arrow has a fixed speed; at position m it is turned by m times its speed. A
 # score is the sum of the dot products of a query's arrows (at m) with a key's (at n); each is both
 # lengths times the cosine of the angle between, which turning changes by (m - n) * speed. So the
 # score depends on what both positions hold and how far apart they are, not on where they stand:
@@ -140,7 +140,7 @@ class MultiHeadAttention(nn.Module):
         # matrices; so the heads go to the front, where the batch is, and T stays with D.
         heads = self.queries_keys_values(x).view(B, T, 3 * H, D).transpose(1, 2)  # (B, 3H, T, D)
         queries_keys, values = heads.split((2 * H, H), dim=1)
-        # Longer queries and keys spread all scores; in training they could grow without end.
+        # The longer they are, the more the best key takes; in training they could grow without end.
         # LayerNorm gives each the length sqrt(D), which turning keeps. (after Henry et al. 2020)
         queries_keys = apply_rope(layer_norm(queries_keys), rope)  # (B, 2H, T, D)
         return (*queries_keys.chunk(2, dim=1), values)
@@ -150,7 +150,7 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             keys = cache.append(self, "keys", keys)  # (B, H, S, D)
             values = cache.append(self, "values", values)
-        if cache is not None and x.shape[1] > 1:  # a whole prompt, when writing (chapter 5)
+        if cache is not None and x.shape[1] > 1:  # a prompt (chapter 5): is_causal knows no past
             mixture = attention_weights(queries, keys) @ values  # (B, H, T, D)
         else:  # Training, or one new position: PyTorch computes the same, but need not store
             # all shares at once. is_causal hides the future; one new position, the last, has none.
@@ -164,8 +164,8 @@ class CausalConvolution(nn.Module):
     """Mixes into every position a little of the three before it.
 
     The characters just before are the best hint at the next one. Attention can learn to look one
-    back, but takes long to find out. Here, to each of the C numbers of a position, those in its
-    place 1, 2 and 3 positions back are added, each times a learned factor (0 at first): a causal
+    back, but takes long to find out. Here, to each of the C numbers of a position, the same number
+    of the positions 1, 2 and 3 back is added, times a learned factor each (0 at first): a causal
     depthwise convolution (after So et al. 2021, Primer). One before the blocks and one in each of
     four reach 15 back, on a laptop: attention is for what is farther away, or at no fixed distance.
     """
@@ -248,8 +248,8 @@ class TinyGPT(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """Random, as equal numbers fed alike stay equal. But 0 in the last Linear of each part, fed
-        unlike numbers: so blocks add nothing at first, and all logits are 0.
+        """Random, as numbers with equal inputs and slopes stay equal (chapter 4). The last Linear
+        of a part may be 0, as its inputs differ: so blocks add nothing at first, all logits are 0.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):  # std: the usual size
@@ -300,7 +300,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         model, vocabulary, _ = load_checkpoint(path)
         line = "".join(c for c in line if c in vocabulary)[: model.block_size] or vocabulary[0]
     else:
-        path, vocabulary = f"{path} is not there: untrained", "".join(sorted(set(line)))
+        path, vocabulary = f"{path} missing: untrained, these letters", "".join(sorted(set(line)))
         torch.manual_seed(LAPTOP.seed)
         model = TinyGPT(len(vocabulary), 64, LAPTOP.n_embd, LAPTOP.n_head, LAPTOP.n_layer)
     ids = torch.tensor([[vocabulary.index(c) for c in line]])  # (1, T)

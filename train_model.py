@@ -3,8 +3,8 @@
 At the end of this file you know how a model that guesses blindly becomes one that writes. It reads
 a batch; its surprise at what came next is measured (the loss), and the slope of the loss along each
 parameter (all slopes together: the gradient); each parameter takes a small step downhill; and so
-on: that is `train`, and what stands before it explains its lines. From the chapters before it takes
-settings, batches and the model; it hands chapter 5 the file tiny_gpt_model.pth.
+on: that is `train`, and what stands before it explains its lines. It takes settings, batches, the
+model, and for samples `generate` of chapter 5; it hands that the file tiny_gpt_model.pth.
 """
 
 import argparse
@@ -95,8 +95,8 @@ def make_optimizer(model: TinyGPT, settings: Hyperparameters) -> torch.optim.Ada
     """The optimizer, which makes steps of slopes: AdamW (Loshchilov & Hutter 2019).
 
     Simplest would be `parameter -= rate * slope`. But one slope can be a thousand times another;
-    no rate suits both. AdamW's is `parameter -= rate * average / size`. Each step, `average`
-    is 0.9 of the old one + 0.1 of the new slope; `size` is the root of such an average of squares
+    no rate suits both. AdamW's is `parameter -= rate * average / usual`. Each step, `average`
+    is 0.9 of the old one + 0.1 of the new slope; `usual` the root of such an average of squares
     (with beta2 for 0.9). Both begin at 0, and are enlarged to make up for it. If slopes agree, the
     quotient is about 1 or -1, and a step as large as the rate; where signs change, smaller.
 
@@ -138,8 +138,8 @@ def train(run: "Trainer") -> None:
             second_loss = total_loss(after_next[:, :-1], targets[:, 1:]) / (len(starts) * T)
             left = 1 - run.step / run.total_steps  # from 1 to 0: the second lesson fades away
 
-            # Backward finds all slopes in one walk from the loss back to the ids, since the slopes
-            # of steps in a row multiply (chain rule). It adds to old slopes, so these are cleared.
+            # Backward finds all slopes in one walk from the loss back to the ids, as the slopes of
+            # nested functions multiply (chain rule). It adds to old slopes, so these are cleared.
             optimizer.zero_grad()
             run.backward(loss + 0.3 * left * second_loss)  # (...).backward()
             # The gradient, all slopes as one vector, can be far longer than usual for an odd batch,
@@ -167,7 +167,7 @@ def report(run: "Trainer") -> None:
     losses = f"step {step:,}  train loss {train_loss:.4f}  val loss {val_loss:.4f}"
     losses += f" ({val_loss / math.log(2):.3f} bits/char)  {speed:,.0f} chars/s  {left} left"
     say(run, f"epoch {epoch}/{run.settings.epochs}  {losses}")
-    before = run.history[max(0, epoch - 2)]  # the epoch before; next: was it the best so far?
+    before = run.history[max(0, epoch - 2)]  # [2] is a training loss, [3] a validation loss
     if train_loss < before[2] and val_loss > before[3] == min(row[3] for row in run.history):
         hint = "more --weight_decay, --dropout or text helps; the best epoch is kept"
         say(run, f"over-fitting: it seems to learn its text by heart now, and no other; {hint}")
@@ -176,7 +176,7 @@ def report(run: "Trainer") -> None:
 
 
 def sample(run: "Trainer") -> str:
-    """What the model writes by now: `sample_characters`, or as many as a second suffices for."""
+    """What it writes after a line end: `sample_characters`, or as many as a second suffices for."""
     tokenizer, end = run.tokenizer, time.perf_counter() + 1.0
     count = run.settings.sample_characters if run.rank == 0 else 0
     prompt = torch.from_numpy(tokenizer.encode(read_prompt(None, tokenizer))).long()  # (1,)
