@@ -269,6 +269,8 @@ class Trainer:
     def forward(self, inputs: Tensor) -> List[Tensor]:
         plain, device = self.number_format == torch.float32, inputs.device.type
         some = inputs if len(inputs) else inputs.new_zeros(1, inputs.shape[1])  # GPUs refuse none
+        if self.rank > 0:  # dropout of its own, which follows from the step: a file has the first's
+            torch.manual_seed(self.settings.seed + self.step * self.world_size + self.rank)
         with contextlib.nullcontext() if plain else torch.autocast(device, self.number_format):
             return [logits.float()[: len(inputs)] for logits in self.network(some, both=True)]
 
@@ -538,8 +540,6 @@ def prepare(flags: Any) -> Trainer:
     device, why = choose_device(flags.device)
     settings = None if flags.resume else choose_settings(flags, device)
     run = Trainer(flags, settings, device) if settings else resume(flags, device)
-    if run.rank > 0:  # the same dropout everywhere would waste the others' randomness
-        torch.manual_seed(run.settings.seed + run.step + run.rank)
     left = tqdm.format_interval(rehearse(run, run.settings.block_size))
     V, train, val = run.tokenizer.vocab_size, len(run.train_ids), len(run.val_ids)
     parameters = sum(p.numel() for p in run.model.parameters())

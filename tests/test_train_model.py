@@ -411,10 +411,11 @@ def test_a_process_that_dies_ends_the_others(monkeypatch):
 
 @helpers.needs_posix
 def test_a_signal_to_one_process_stops_all_and_together_they_resume(monkeypatch):
-    assert together(monkeypatch, *TINY) == [0, 0]
+    argv = [*TINY, "--dropout", "0.3"]  # each drops others
+    assert together(monkeypatch, *argv) == [0, 0]
     straight = results()
     stop = helpers.at_step(4, signal.SIGTERM).__enter__
-    assert together(monkeypatch, *TINY, last=stop) == [143, 143]
+    assert together(monkeypatch, *argv, last=stop) == [143, 143]
     assert torch.load("model.pth", weights_only=True)["training"]["step"] == 4
     assert together(monkeypatch, *RESUME) == [0, 0] and results() == straight
 
