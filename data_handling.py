@@ -9,7 +9,6 @@ targets. Numbers lie in arrays, which PyTorch calls Tensors; (B, T) is a shape, 
 Run it to see what happens to a few characters of the real text.
 """
 
-import hashlib
 import os
 import sys
 from typing import Iterator, List, Optional, Tuple
@@ -151,13 +150,6 @@ def main(argv: Optional[List[str]] = None) -> None:
 
 
 # ---- The fold: a first reader goes on to model_architecture.py here. What protects is below. ----
-
-
-def fingerprint(tokenizer: CharTokenizer, ids: Tensor) -> str:
-    """A short name, hardly shared by two texts: a run resumes only on the text it began with."""
-    digest = hashlib.sha256(tokenizer.characters.encode("utf-8", "surrogatepass"))
-    digest.update(ids.numpy())
-    return digest.hexdigest()
 
 
 def pieces_of(path: str) -> Iterator[str]:

@@ -179,8 +179,6 @@ class CausalConvolution(nn.Module):
         inputs = F.pad(x, (0, 0, REACH, 0)) if is_first else x  # zeros before the first position
         if cache is not None:
             inputs = cache.append(self, "inputs", inputs, keep=REACH)  # (B, REACH + T, C)
-        if T == 1:  # one new position: the same by one product, quicker than by three small ones
-            return x + (inputs[:, :REACH] * self.weight).sum(dim=1, keepdim=True)
         for i, factors in enumerate(self.weight):  # (C,); `inputs` begins three before x
             x = torch.addcmul(x, inputs[:, i : i + T], factors)
         return x
@@ -357,17 +355,16 @@ def plain_zip(data: bytes) -> BinaryIO:
     Raises UserError for anything but one whole, uncompressed zip: older formats, also in front of a
     zip, could run code in spite of `weights_only=True` (CVE-2025-32434).
     """
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+    copy = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(copy, "w") as new:
         parts, names = archive.infolist(), archive.namelist()
         plain = parts[0].header_offset == 0 and data[-22:-18] + data[-2:] == b"PK\5\6\0\0"
         plain = plain and sum(max(one.file_size, one.compress_size) for one in parts) <= len(data)
         odd = len(set(names)) < len(names) or any(name.endswith("constants.pkl") for name in names)
         if odd or not plain:
             raise UserError("it is not one plain, whole zip, as PyTorch writes it")
-        copy = io.BytesIO()
-        with zipfile.ZipFile(copy, "w") as plain:
-            for name in names:
-                plain.writestr(name, archive.read(name))  # which compares it with its checksum
+        for name in names:
+            new.writestr(name, archive.read(name))  # which compares it with its checksum
     return io.BytesIO(copy.getvalue())
 
 
@@ -406,7 +403,7 @@ def check_like(name: str, found: Any, like: Any) -> None:
         fits = (found.layout, found.dtype, found.shape) == (like.layout, like.dtype, like.shape)
         fits = fits and not found.is_meta and found.is_contiguous() and found.isfinite().all()
     elif fits and isinstance(like, (int, float)):
-        fits = abs(found) < 1e15 or found == like  # a best loss is infinite before the first epoch
+        fits = abs(found) < 1e15 or found == like  # such as a large seed
     if not fits:
         raise UserError(f"what it holds as {name} does not fit the rest")
 

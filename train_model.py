@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data_handling import fingerprint, get_batch, load_text, shuffled_sequences, split
+from data_handling import get_batch, load_text, shuffled_sequences, split
 from generate_text import choose_device, generate, picture, read_prompt, write_picture, write_whole
 from hyperparameters import GPU, LAPTOP, Hyperparameters, Parser, UserError, end_with_a_sentence
 from model_architecture import FORMAT, SIZES, TinyGPT, check_like, load_checkpoint, reason
@@ -191,7 +191,7 @@ class Trainer:
     def __init__(self, flags: Any, settings: Hyperparameters, device: torch.device) -> None:
         self.flags, self.settings = flags, settings
         self.tokenizer, ids = load_text(flags.input)
-        self.text = fingerprint(self.tokenizer, ids)
+        self.text = hashlib.sha256(ids.numpy()).hexdigest()
         parts = split(ids.to(device), settings.block_size, settings.validation_fraction)
         self.train_ids, self.val_ids = parts
         sequences = len(shuffled_sequences(len(parts[0]), settings.block_size, 0, epoch=0))
@@ -206,9 +206,7 @@ class Trainer:
         self.history: List[List[float]] = []  # the finished epochs, a row each, as in the log
         self.seconds = 0.0  # spent on steps
         self.best_parameters: Optional[Dict[str, Tensor]] = None  # of the best epoch so far
-        # Added up on the device, as fetching makes a GPU wait. (MPS, a Mac's, has no float64.)
-        kind = torch.float32 if device.type == "mps" else torch.float64
-        self.loss_sum = torch.zeros((), dtype=kind, device=device)  # over this epoch's steps
+        self.loss_sum = torch.zeros((), device=device)  # of this epoch; fetching makes a GPU wait
         set_up_session(self, device)  # rank, world_size, network, number_format, scaler, ...
 
     def batches(self, epoch: int) -> Tuple[Tensor, ...]:
@@ -238,7 +236,7 @@ class Trainer:
         """What an exact resume needs, in tensors and plain Python."""
         return {
             "settings": asdict(self.settings),  # a run goes on as it began, or not at all
-            "text": self.text,  # a fingerprint, to refuse another text
+            "text": self.text,  # a fingerprint of the ids, to refuse another text
             "step": self.step,  # from which rate and batch follow
             "history": self.history,  # the log so far; its length says which epoch it is
             "seconds": self.seconds,

@@ -10,7 +10,6 @@ import pytest
 import torch
 from helpers import given, refusal, st
 
-import data_handling
 from data_handling import CharTokenizer, get_batch, load_text, shuffled_sequences, split
 
 # Lone surrogates are no text, but Python strings can hold them: file names and arguments do.
@@ -70,12 +69,6 @@ def test_a_large_text_takes_hardly_more_memory_than_its_ids(file):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(ids) == 19_000_000 and peak < 1.5 * len(ids)
-
-
-def test_a_fingerprint_tells_texts_apart_but_not_their_line_ends_and_marks(file):
-    texts = (b"abab", b"abba", b"ab", b"acac", b"\0\1\0\1", b"a\nb", codecs.BOM_UTF8 + b"a\r\nb")
-    prints = [data_handling.fingerprint(*load_text(file(text))) for text in texts]
-    assert len(set(prints)) == 6 and prints[-1] == prints[-2]
 
 
 def test_what_is_no_text_file_is_refused_with_a_sentence_that_names_it(tmp_path):
