@@ -206,7 +206,7 @@ class Trainer:
         self.history: List[List[float]] = []  # the finished epochs, a row each, as in the log
         self.seconds = 0.0  # spent on steps
         self.best_parameters: Optional[Dict[str, Tensor]] = None  # of the best epoch so far
-        # Added up on the device, as fetching makes a GPU wait; exact in any order (MPS: no float64).
+        # Summed on the device, as fetching makes a GPU wait; exact in any order (MPS: no float64).
         kind = torch.float32 if device.type == "mps" else torch.float64
         self.loss_sum = torch.zeros((), dtype=kind, device=device)  # over this epoch's steps
         set_up_session(self, device)  # rank, world_size, network, number_format, scaler, ...
