@@ -175,6 +175,7 @@ def write_whole(path: str, data: Any) -> None:
 
 def write_picture(path: str, draw: Callable, *what: Any) -> None:
     """Write, as the kind of file that `path` ends in, what `draw(figure, *what)` draws."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's own cannot be found from outside it
     from matplotlib.figure import Figure
 
     file, figure = io.BytesIO(), Figure(layout="constrained")
@@ -199,8 +200,7 @@ def draw_attention(figure: Any, model: TinyGPT, prompt: str, ids: Tensor) -> Non
     figure.set_size_inches(3.2 * H + 2, 3.2 * layers + 1)
     panels = figure.subplots(layers, H, sharex=True, sharey=True, squeeze=False)
     for i, panel in enumerate(panels.flat):
-        # Most shares of many are small; the square root leaves them visible.
-        norm = colors.PowerNorm(0.5, 0, 1)
+        norm = colors.PowerNorm(0.5, 0, 1)  # a square root: small shares, the most, stay visible
         image = panel.imshow(weights[i // H, i % H].numpy(), cmap="Blues", norm=norm)
         panel.set_title(f"layer {i // H + 1}, head {i % H + 1}")
         panel.set_xticks(range(0, T, step), labels, rotation=90 * (step > 1), **style)

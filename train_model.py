@@ -349,15 +349,17 @@ def over_all(run: Trainer, value: Tensor, how: str = "SUM") -> Any:
 
 
 def note_signals(run: Trainer, session: contextlib.ExitStack) -> None:
-    """The first Ctrl-C or SIGTERM waits for the end of the step; a second quits at once."""
+    """The first Ctrl-C or SIGTERM waits for the end of the step; a later one quits at once."""
     numbers = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
     if signal.getsignal(numbers[-1]) == signal.SIG_IGN:  # by nohup: to outlive its terminal
         numbers.pop()
 
     def note(number: int, _: Any) -> None:
-        run.stop_signal = number
-        for each in numbers[:2]:  # not a second hangup: a closing terminal sends two
-            signal.signal(each, signal.SIG_DFL)
+        # One stop can send several: a closing terminal, timeout, uv and torchrun pass them on.
+        if run.stop_signal and time.monotonic() > run.last_signal + 1 and number in numbers[:2]:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        run.stop_signal, run.last_signal = number, time.monotonic()
 
     for number in numbers:
         session.callback(signal.signal, number, signal.signal(number, note))
@@ -465,7 +467,7 @@ def claim_files(flags: Any, session: contextlib.ExitStack) -> None:
             lock = sqlite3.connect(f"{tempfile.gettempdir()}/tiny_gpt_{name}.lock", timeout=0)
             session.callback(lock.close)
             lock.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError as error:  # where there are no locks, the run goes on
+        except sqlite3.Error as error:  # where there are no locks, the run goes on
             if "locked" in str(error):
                 problem = f"another run is writing {path!a}; wait for its end, or name other files"
                 raise UserError(problem) from error
