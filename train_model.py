@@ -269,7 +269,7 @@ class Trainer:
     def forward(self, inputs: Tensor) -> List[Tensor]:
         plain, device = self.number_format == torch.float32, inputs.device.type
         some = inputs if len(inputs) else inputs.new_zeros(1, inputs.shape[1])  # GPUs refuse none
-        if self.rank > 0:  # dropout of its own, which follows from the step: a file has the first's
+        if self.rank > 0:  # its dropout follows from the step: files keep the first's state alone
             torch.manual_seed(self.settings.seed + self.step * self.world_size + self.rank)
         with contextlib.nullcontext() if plain else torch.autocast(device, self.number_format):
             return [logits.float()[: len(inputs)] for logits in self.network(some, both=True)]

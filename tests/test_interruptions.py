@@ -59,7 +59,7 @@ def test_resuming_gives_the_same_bits_wherever_a_signal_came(straight, step, nam
     assert len(contents()) == 3
 
 
-def test_a_second_signal_quits_at_once_as_does_one_before_the_first_step(monkeypatch):
+def test_a_later_signal_quits_at_once_as_does_one_before_the_first_step(monkeypatch):
     clock = itertools.count(step=2)  # every look at the clock is two seconds after the last
     for number in (signal.SIGINT, signal.SIGTERM):
         with at_step(5, number, number):
