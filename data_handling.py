@@ -5,8 +5,8 @@ down as numbers. Ours takes the simplest answer, one number per character. At th
 you know what a vocabulary is, why part of the text is kept away from training, and what exactly the
 model is asked in every lesson: given these characters, which one comes next? From chapter 1 it
 takes the settings of one step; it hands chapter 3 ids, and chapter 4 batches of inputs and
-targets. Numbers lie in arrays, which PyTorch calls Tensors; (B, T) is a shape, B rows of T numbers.
-Run it to see what happens to a few characters of the real text.
+targets. PyTorch (torch) is a NumPy that also finds slopes (chapter 4). It calls arrays Tensors;
+(B, T) is a shape, B rows of T numbers. Run it to see what happens to a few characters of the text.
 """
 
 import os

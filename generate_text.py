@@ -66,9 +66,9 @@ def generate(
     """Continue the ids `prompt`, (B, T); yield the next id of every row, (B,), as it is drawn.
 
     Of a prompt longer than the context window, its end is read. Once the window is full, its oldest
-    characters must go; but what is kept has seen them. So its newest half is read again into an
-    empty cache; half, so that this is rare. Ids are drawn on the CPU, with `generator`; `settings`
-    are those of next_probabilities.
+    characters must go; but the keys and values of the rest were made with them in sight. So its
+    newest half is read again into an empty cache; half, so that this is rare. Ids are drawn on the
+    CPU, with `generator`; `settings` are those of next_probabilities.
     """
     model.eval()  # dropout is for learning
     device, block_size = model.embedding.weight.device, model.block_size
@@ -142,7 +142,7 @@ def refuse_overflow(logits: Tensor) -> None:
 def choose_device(wanted: str) -> Tuple[torch.device, str]:
     """The device for "auto", "cpu", "cuda" or "mps", and in a few words why. Raises UserError."""
     works = {"cpu": True, "mps": torch.backends.mps.is_available()}.get(wanted, False)
-    why = "as asked for" if works else "no such GPU is visible"
+    why = "as asked for" if works else "no usable GPU is visible"
     if wanted in ("auto", "cuda") and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         try:  # a GPU too old for this build of PyTorch is visible, yet cannot run anything

@@ -29,10 +29,10 @@ class Hyperparameters:
     """
 
     # What one step of training sees (chapter 2): about batch_size * block_size characters.
-    # A block is a stretch of text; the blocks that n_layer counts are parts of the model.
+    # A block is a stretch of text (later: a sequence); n_layer counts blocks that are model parts.
     block_size: int = setting(256, 512, 1, 65_536, "context window: characters seen at once")
     batch_size: int = setting(4, 4, 1, 65_536, "full-length sequences learned from in one step")
-    validation_fraction: float = setting(0.1, 0.1, 0.001, 0.5, "share to measure on (1 M at most)")
+    validation_fraction: float = setting(0.1, 0.1, 0.001, 0.5, "share measured on (max 1 M chars)")
 
     # How large the model is (chapter 3).
     n_layer: int = setting(4, 6, 1, 1_000, "blocks of the model, often called layers")
@@ -43,7 +43,7 @@ class Hyperparameters:
     # How it learns (chapter 4).
     epochs: int = setting(4, 8, 1, 1_000_000, "passes over the training text")
     learning_rate: float = setting(6e-3, 2e-3, 1e-9, 10.0, "size of a step, at its largest")
-    warmup_steps: int = setting(100, 100, 0, 1_000_000, "growing steps (first tenth at most)")
+    warmup_steps: int = setting(100, 100, 0, 1_000_000, "first steps, growing (a tenth at most)")
     weight_decay: float = setting(0.3, 1.6, 0.0, 100.0, "pull of large matrices towards zero")
     beta2: float = setting(0.95, 0.95, 0.0, 0.99999, "how slowly AdamW forgets squared gradients")
     gradient_clip: float = setting(1.0, 1.0, 1e-6, 1e6, "length to which a longer gradient shrinks")

@@ -37,7 +37,7 @@ REACH = 3  # positions looked back in CausalConvolution, below
 ATTENTION_SCALE = 3.0  # see attention_weights
 
 
-# A vector knows its own character, and what comes next depends on those before. So each position
+# A vector knows only its own character, but what comes next depends on those before. So a position
 # forms three vectors of D numbers from its own (read D as C for now): a query, what it looks for; a
 # key, what it can be found by; and a value, what it has to tell. How well a query and a key fit is
 # their score, the dot product: the sum of their products number by number. The position receives a
@@ -110,7 +110,7 @@ class KVCache:
         self.kept: Dict[Tuple[nn.Module, str], Tensor] = {}
 
     def append(self, part: nn.Module, name: str, new: Tensor, keep: Any = None) -> Any:
-        """`new`, (..., T, n), behind what was kept. `keep` says how many stay (None: all)."""
+        """`new`, (..., T, n), after what was kept. `keep` says how many stay (None: all)."""
         if (part, name) in self.kept:
             new = torch.cat((self.kept[part, name], new), dim=-2)
         self.kept[part, name] = new if keep is None else new[..., -keep:, :]
@@ -123,7 +123,7 @@ class MultiHeadAttention(nn.Module):
     One softmax gives one set of shares, so one mixture. But a position has several questions at
     once: which letters does this word have so far, who speaks, does a line end here? The answers
     would blur. So each of H heads forms its own queries, keys and values, of D numbers, from all C
-    of a position, and asks its own question; `output` makes one vector of C of their H answers.
+    of a position, and asks its own question; `output` makes their H answers into one vector of C.
     """
 
     def __init__(self, n_embd: int, n_head: int) -> None:
@@ -140,7 +140,7 @@ class MultiHeadAttention(nn.Module):
         # matrices; so the heads go to the front, where the batch is, and T stays with D.
         heads = self.queries_keys_values(x).view(B, T, 3 * H, D).transpose(1, 2)  # (B, 3H, T, D)
         queries_keys, values = heads.split((2 * H, H), dim=1)
-        # The longer they are, the more the best key takes; in training they could grow without end.
+        # The longer a query or key, the more the best key takes; they could grow without end. So
         # LayerNorm gives each the length sqrt(D), which turning keeps. (after Henry et al. 2020)
         queries_keys = apply_rope(layer_norm(queries_keys), rope)  # (B, 2H, T, D)
         return (*queries_keys.chunk(2, dim=1), values)
@@ -150,7 +150,7 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             keys = cache.append(self, "keys", keys)  # (B, H, S, D)
             values = cache.append(self, "values", values)
-        if cache is not None and x.shape[1] > 1:  # a prompt (chapter 5): is_causal knows no past
+        if cache is not None and x.shape[1] > 1:  # a prompt (chapter 5): is_causal would need T = S
             mixture = attention_weights(queries, keys) @ values  # (B, H, T, D)
         else:  # Training, or one new position: PyTorch computes the same, but need not store
             # all shares at once. is_causal hides the future; one new position, the last, has none.
@@ -164,8 +164,8 @@ class CausalConvolution(nn.Module):
     """Mixes into every position a little of the three before it.
 
     The characters just before are the best hint at the next one. Attention can learn to look one
-    back, but takes long to find out. Here, to each of the C numbers of a position, the same number
-    of the positions 1, 2 and 3 back is added, times a learned factor each (0 at first): a causal
+    back, but takes long to find out. Here each of the C numbers of a position gets those at its
+    place in the vectors 1, 2 and 3 back added, times a learned factor each (0 at first): a causal
     depthwise convolution (after So et al. 2021, Primer). One before the blocks and one in each of
     four reach 15 back, on a laptop: attention is for what is farther away, or at no fixed distance.
     """
@@ -205,14 +205,14 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward behind a short look back; each adds to what is there.
+    """Attention, then, after a short look back, feed-forward; each adds to what is there.
 
     If every part replaced its input, little of the input would survive a deep stack, and little of
     what tells the first blocks how to improve (slopes, chapter 4). So both add what they find, and
     what was there passes through (residual connections, He et al. 2015). As such sums grow from
     block to block, both read a copy of usual size (LayerNorm in front: Xiong et al. 2020). Dropout,
     in training only, zeroes a random share of what is added, and enlarges the rest to make up:
-    no number can be relied upon, and learning by heart is harder (Srivastava 2014).
+    no number can be relied upon, and learning by heart is harder (Srivastava et al. 2014).
     """
 
     def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
@@ -246,11 +246,12 @@ class TinyGPT(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """Random, as numbers with equal inputs and slopes stay equal (chapter 4). The last Linear
-        of a part may be 0, as its inputs differ: so blocks add nothing at first, all logits are 0.
+        """Random, as parameters that start equal and are used alike stay equal. The last Linear of
+        a part may be 0, as its inputs differ: so blocks add nothing at first, all logits are 0. In
+        step 1 (chapter 4), only unembedding and after_next have slopes; from step 3 on, all have.
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear):  # std: the usual size
+            if isinstance(module, nn.Linear):  # std: root of their mean square
                 nn.init.normal_(module.weight, std=0.05)  # a sum is ~0.05 sqrt(C) times as large
         nn.init.normal_(self.embedding.weight)
         nn.init.zeros_(self.unembedding.weight)
@@ -298,7 +299,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         model, vocabulary, _ = load_checkpoint(path)
         line = "".join(c for c in line if c in vocabulary)[: model.block_size] or vocabulary[0]
     else:
-        path, vocabulary = f"{path} missing: untrained, these letters", "".join(sorted(set(line)))
+        path, vocabulary = f"untrained, as {path} is missing", "".join(sorted(set(line)))
         torch.manual_seed(LAPTOP.seed)
         model = TinyGPT(len(vocabulary), 64, LAPTOP.n_embd, LAPTOP.n_head, LAPTOP.n_layer)
     ids = torch.tensor([[vocabulary.index(c) for c in line]])  # (1, T)

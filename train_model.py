@@ -51,12 +51,12 @@ def evaluate(model: TinyGPT, ids: Tensor) -> float:
     """The mean loss of `model` over all whole sequences of `ids`, in nats a character.
 
     Random batches would give another figure every time; all sequences, side by side, the same.
-    Dropout is off, and as nothing is learned here, PyTorch need not prepare for it (no_grad).
+    Dropout is off, and as nothing is learned here, PyTorch need not prepare for slopes (no_grad).
     """
     block_size, was_training, total = model.block_size, model.training, 0.0
     starts = torch.arange(0, len(ids) - block_size, block_size, device=ids.device)
     model.eval()
-    for some in starts.split(max(1, 8_192 // block_size)):  # (B,): about 8,192 characters
+    for some in starts.split(max(1, 8_192 // block_size)):  # (B,): 8,192 characters or one sequence
         inputs, targets = get_batch(ids, some, block_size)  # (B, T) each
         logits = model(inputs)  # (B, T, V)
         total += total_loss(logits, targets).item()
@@ -157,9 +157,9 @@ def train(run: "Trainer") -> None:
 def report(run: "Trainer") -> None:
     """One line for the epoch that just ended, and a sample of what the model writes by now.
 
-    The training loss is the average over the epoch, with dropout; the validation loss is that at
-    its end, without. So at first the second may be the lower. While both fall, the model learns;
-    when the first falls and the second rises, it mostly learns by heart.
+    The training loss is the epoch's average, with dropout, on sequences that are short at first;
+    the validation loss is that at its end, without, on whole ones: so it may be the lower. While
+    both fall, the model learns; when only the validation loss rises, it mostly learns by heart.
     """
     epoch, step, train_loss, val_loss, _ = run.history[-1]
     speed = epoch * len(run.train_ids) / run.seconds
@@ -186,7 +186,7 @@ def sample(run: "Trainer") -> str:
 
 
 class Trainer:
-    """All that one run carries. Behind finish_epoch: for resuming, several GPUs, and 16 bits."""
+    """All that one run carries. After finish_epoch: for resuming, several GPUs, and 16 bits."""
 
     def __init__(self, flags: Any, settings: Hyperparameters, device: torch.device) -> None:
         self.flags, self.settings = flags, settings
@@ -268,7 +268,7 @@ class Trainer:
 
     def forward(self, inputs: Tensor) -> List[Tensor]:
         plain, device = self.number_format == torch.float32, inputs.device.type
-        some = inputs if len(inputs) else inputs.new_zeros(1, inputs.shape[1])  # GPUs refuse none
+        some = inputs if len(inputs) else inputs.new_zeros(1, inputs.shape[1])  # GPUs refuse 0
         if self.rank > 0:  # its dropout follows from the step: files keep the first's state alone
             torch.manual_seed(self.settings.seed + self.step * self.world_size + self.rank)
         with contextlib.nullcontext() if plain else torch.autocast(device, self.number_format):
@@ -292,7 +292,7 @@ def say(run: Trainer, line: str) -> None:
         if run.rank == 0:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
-    except OSError:
+    except (OSError, ValueError):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
@@ -300,7 +300,7 @@ def set_up_session(run: Trainer, device: torch.device) -> None:
     """Give a run what belongs to this process, on this device, and to no checkpoint."""
     run.rank, run.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     run.stop_signal, run.last_save = 0, time.monotonic()
-    run.owns_checkpoint = run.flags.resume  # or else what is there may be another run's
+    run.own_files = {run.flags.checkpoint} if run.flags.resume else set()  # others are kept
     run.network, run.number_format = run.model, torch.float32
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -327,7 +327,8 @@ def set_up_session(run: Trainer, device: torch.device) -> None:
 def rehearse(run: Trainer, T: int) -> float:
     """The seconds that the run would take, from five steps at length T that change nothing."""
     ids, times, settings = run.train_ids, [], run.settings
-    starts = ids.new_zeros(settings.batch_size * settings.block_size // T, dtype=torch.long)
+    count = min(settings.batch_size * settings.block_size, len(ids)) // T
+    starts = ids.new_zeros(count, dtype=torch.long)
     inputs, _ = get_batch(ids, starts[run.rank :: run.world_size], T)
     with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
         for _ in range(5):
@@ -387,30 +388,36 @@ def refuse_divergence(run: Trainer, loss: float) -> None:
 
 
 def save(run: Trainer, last: bool = False) -> None:
-    """Write log and checkpoint. A full disk is only said, unless it was the `last` chance."""
-    run.last_save = time.monotonic()
+    """Write log and checkpoint. What fails is said, and after the `last` chance put elsewhere."""
+    run.last_save, problem = time.monotonic(), ""
     contents = {"format": FORMAT, "sizes": run.sizes, "vocabulary": run.tokenizer.characters}
     contents["parameters"] = run.best_parameters or dict(run.model.state_dict())
-    if len(run.history) < run.settings.epochs:
+    finished = len(run.history) == run.settings.epochs
+    if not finished:
         contents["training"] = run.state_dict()  # all processes take part in this
     if run.rank > 0:
         return
     rows = ["epoch,step,train_loss,val_loss,seconds", *(str(r)[1:-1] for r in run.history), ""]
     log, checkpoint = "\n".join(rows).replace(" ", "").encode("ascii"), io.BytesIO()
     torch.save(contents, checkpoint)
-    try:
-        if not run.owns_checkpoint:
-            keep_older(run, run.flags.checkpoint, b"")
-        if run.history:  # first: a resumed run writes it again, a finished one could not
-            keep_older(run, run.flags.training_log, log)
-            write_whole(run.flags.training_log, log)
-        write_whole(run.flags.checkpoint, checkpoint.getbuffer())
-        run.owns_checkpoint = True
-    except OSError as error:
-        problem = f"not saved at step {run.step:,}: {error}"
-        if last or "training" not in contents:
-            raise UserError(problem) from error
-        say(run, f"warning: {problem}")
+    # The log first: a resumed run writes it again, a finished one could not.
+    files = {run.flags.training_log: log} if run.history else {}
+    for path, data in {**files, run.flags.checkpoint: checkpoint.getvalue()}.items():
+        try:
+            keep_older(run, path, data)
+            write_whole(path, data)
+            run.own_files.add(path)
+        except OSError as error:
+            problem = f"{path!a} was not saved at step {run.step:,}: {error}"
+            if not (last or finished):
+                say(run, f"warning: {problem}")
+                continue
+            with contextlib.suppress(OSError):
+                elsewhere = os.path.join(tempfile.mkdtemp(), os.path.basename(path))
+                write_whole(elsewhere, data)
+                problem += f"; it is now {elsewhere!a}"
+    if problem and (last or finished):
+        raise UserError(problem)
     try:
         if run.flags.plot and run.history:
             write_picture(run.flags.plot, draw_losses, run)
@@ -419,17 +426,18 @@ def save(run: Trainer, last: bool = False) -> None:
 
 
 def keep_older(run: Trainer, path: str, new: bytes) -> None:
-    """Keep what is there as PATH.previous, unless `new` only continues it."""
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+    """Keep another run's file as PATH.previous, .previous1, ...; not one that `new` continues."""
+    if path in run.own_files or not os.path.exists(path):
+        return
+    with open(path, "rb") as file:
         older = file.read()
-        if not new.startswith(older):
-            write_whole(previous_name(path), older)
-            say(run, f"kept what was there as {previous_name(path)!a}")
-
-
-def previous_name(path: str) -> str:
-    """The name beside `path` under which an older file of that name is kept."""
-    return "{}.previous{}".format(*os.path.splitext(path))
+    if not new.startswith(older):
+        stem, end = os.path.splitext(path)
+        names = (f"{stem}.previous{n or ''}{end}" for n in itertools.count())
+        name = next(name for name in names if not os.path.lexists(name))
+        write_whole(name, older)
+        say(run, f"kept what was there as {name!a}")
+    run.own_files.add(path)
 
 
 def draw_losses(figure: Any, run: Trainer) -> None:
@@ -456,7 +464,7 @@ def claim_files(flags: Any, session: contextlib.ExitStack) -> None:
     empty temporary file, so that the checkpoint can be read meanwhile.
     """
     paths = [flags.checkpoint, flags.training_log, *([flags.plot] if flags.plot else [])]
-    names = [flags.input, *paths, *map(previous_name, paths), *map("{}.part".format, paths)]
+    names = [flags.input, *paths, *map("{}.part".format, paths)]
     if len(set(map(os.path.realpath, names))) < len(names):
         raise UserError("--input, --checkpoint, --training_log and --plot need different names")
     for path in paths:

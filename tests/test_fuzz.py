@@ -70,7 +70,8 @@ def check_train(argv, *writes):
     A resumed run replaces its own checkpoint and log. `writes` are the names of both.
     """
     before, real = real_files(), [os.path.realpath(path) for path in writes]
-    older = ["{}.previous{}".format(*os.path.splitext(path)) for path in (*real, *writes)]
+    older = [os.path.splitext(path) for path in (*real, *writes)]
+    older = [f"{stem}.previous{n}{end}" for stem, end in older for n in ("", 1, 2)]
     older = [os.path.realpath(path) for path in older]  # beside a link, or what it links to
     done = check_outcome(helpers.train(*argv))
     after = real_files()

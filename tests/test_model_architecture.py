@@ -155,11 +155,11 @@ def test_auto_takes_the_cpu_where_no_gpu_works_and_others_are_refused(monkeypatc
 
     monkeypatch.setattr(torch, "ones", too_old)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    for visible, problem in ((False, "no such GPU"), (True, "no kernel image")):
+    for visible, problem in ((False, "no usable GPU"), (True, "no kernel image")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda visible=visible: visible)
         device, why = choose_device("auto")
         assert device == torch.device("cpu") and problem in why and "\n" not in why
-        for wanted, why in (("cuda", problem), ("mps", "no such GPU")):
+        for wanted, why in (("cuda", problem), ("mps", "no usable GPU")):
             sentence = refusal(choose_device, wanted)
             assert f"--device {wanted} " in sentence and why in sentence
     monkeypatch.setenv("LOCAL_RANK", "1")  # the second process of a machine with one GPU
