@@ -11,8 +11,6 @@ been there all along. From chapter 4 it takes the file tiny_gpt_model.pth; what 
 """
 
 import argparse
-import contextlib
-import functools
 import importlib.util
 import io
 import os
@@ -44,13 +42,10 @@ def next_probabilities(
     # To subtract one number from all changes no probability; with the best at 0, none overflows.
     logits = logits.double()
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-    if top_k == 0 and top_p == 1:
-        return logits.softmax(dim=-1)
     logits, order = logits.sort(dim=-1, descending=True, stable=True)  # (B, V) each, best first
-    probabilities = logits.softmax(dim=-1)
     if top_k > 0:
-        probabilities[:, top_k:] = 0
-        probabilities /= probabilities.sum(dim=-1, keepdim=True)
+        logits[:, top_k:] = -torch.inf  # a probability of exactly 0
+    probabilities = logits.softmax(dim=-1)
     if top_p < 1:
         # A character is out if those before it reach p without it. The first has none before it.
         before = probabilities.cumsum(dim=-1) - probabilities
@@ -134,8 +129,8 @@ def read_prompt(wanted: Optional[str], tokenizer: CharTokenizer) -> str:
 
 
 def refuse_overflow(logits: Tensor) -> None:
-    """Raise UserError when the parameters, however finite, led to NaN."""
-    if torch.isnan(logits).any():
+    """Raise UserError when the parameters, however finite, led to NaN or infinity."""
+    if not torch.isfinite(logits).all():
         raise UserError("the model's parameters are so large that they overflow; train it again")
 
 
@@ -169,7 +164,7 @@ def write_whole(path: str, data: Any) -> None:
             os.fsync(file.fileno())  # on the disk before the name points to it
         os.replace(f"{path}.part", path)
     finally:
-        with contextlib.suppress(OSError):  # it is gone if all went well
+        if os.path.exists(f"{path}.part"):  # it is gone if all went well
             os.remove(f"{path}.part")
 
 
@@ -221,12 +216,11 @@ def picture(path: str) -> str:
 def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     """The flags of `python generate_text.py`. Raises UserError for a number that cannot work."""
     parser = Parser("generate_text.py", description="Write with TinyGPT.", allow_abbrev=False)
-    add = functools.partial(parser.add_argument, metavar="X")
+    add, devices = parser.add_argument, ["auto", "cpu", "cuda", "mps"]
     add("--checkpoint", default="tiny_gpt_model.pth", help="the trained model (%(default)s)")
     add("--prompt", help="the text to continue, a line end if absent; - reads it from stdin")
     add("--attention", type=picture, help="a picture to draw of what its characters look at")
-    devices = {"choices": ["auto", "cpu", "cuda", "mps"], "default": "auto", "metavar": None}
-    add("--device", **devices, help="auto: a GPU if it works")
+    add("--device", choices=devices, default="auto", help="auto: a GPU if it works")
     numbers = (
         ("max_new_tokens", 500, 0, 10**9, "characters to write (%(default)s)"),
         ("temperature", 0.8, 0, 1000, "0 takes the likeliest, more is wilder (%(default)s)"),

@@ -108,7 +108,7 @@ def end_with_a_sentence(main: Callable, argv: Optional[List[str]] = None, lower:
     except (UserError, OSError) as error:
         sentence = str(error)
     except (MemoryError, RuntimeError) as error:
-        if not re.search("MemoryError|out of mem|allocate mem|enough mem|bad.alloc", repr(error)):
+        if not re.search("MemoryError|(out of|allocate|enough) mem|bad.alloc|ALLOC_F", repr(error)):
             raise
         sentence = f"out of memory; lower {lower}"
     sys.stdout = sys.stderr  # a full disk may be behind the other one

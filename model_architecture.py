@@ -154,8 +154,7 @@ class MultiHeadAttention(nn.Module):
             mixture = attention_weights(queries, keys) @ values  # (B, H, T, D)
         else:  # Training, or one new position: PyTorch computes the same, but need not store
             # all shares at once. is_causal hides the future; one new position, the last, has none.
-            scale = ATTENTION_SCALE / math.sqrt(queries.shape[-1])
-            how = {"is_causal": cache is None, "scale": scale}
+            how = {"is_causal": cache is None, "scale": ATTENTION_SCALE / queries.shape[-1] ** 0.5}
             mixture = F.scaled_dot_product_attention(queries, keys, values, **how)
         return self.output(mixture.transpose(1, 2).reshape(x.shape))  # heads side by side: H D = C
 
@@ -293,8 +292,8 @@ def attention_of(model: TinyGPT, ids: Tensor) -> List[Tensor]:
 def main(argv: Optional[List[str]] = None) -> None:
     """Show the shapes, what the heads look at in a line of text, and what could come next."""
     path = (argv or sys.argv[1:] or ["tiny_gpt_model.pth"])[0]
-    with open("input.txt", encoding="utf-8") as file:
-        line = max(file.read(2_000).splitlines(), key=len)[:55]
+    with open("input.txt", encoding="utf-8", errors="replace") as file:
+        line = max(file.read(2_000).splitlines(), key=len, default="")[:55] or "nothing"
     if os.path.exists(path):
         model, vocabulary, _ = load_checkpoint(path)
         line = "".join(c for c in line if c in vocabulary)[: model.block_size] or vocabulary[0]

@@ -9,7 +9,6 @@ model, and for samples `generate` of chapter 5; it hands that the file tiny_gpt_
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import io
 import itertools
@@ -307,8 +306,8 @@ def set_up_session(run: Trainer, device: torch.device) -> None:
         torch.set_float32_matmul_precision("high")  # what stays in 32 bits may use TF32
         recent = torch.cuda.get_device_capability(device) >= (8, 0)  # others emulate bfloat16
         run.number_format = torch.bfloat16 if recent else torch.float16
-    scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)  # PyTorch 2.2: there
-    run.scaler = scaler(enabled=run.number_format == torch.float16)
+    amp = torch.amp if hasattr(torch.amp, "GradScaler") else torch.cuda.amp  # PyTorch 2.2: there
+    run.scaler = amp.GradScaler(enabled=run.number_format == torch.float16)
     if run.flags.compile == "on" or (run.flags.compile == "auto" and device.type == "cuda"):
         try:
             run.network = torch.compile(run.model, dynamic=torch.__version__ >= "2.5")
@@ -326,9 +325,8 @@ def set_up_session(run: Trainer, device: torch.device) -> None:
 
 def rehearse(run: Trainer, T: int) -> float:
     """The seconds that the run would take, from five steps at length T that change nothing."""
-    ids, times, settings = run.train_ids, [], run.settings
-    count = min(settings.batch_size * settings.block_size, len(ids)) // T
-    starts = ids.new_zeros(count, dtype=torch.long)
+    ids, times = run.train_ids, []
+    starts = ids.new_zeros(round(len(ids) / T / run.steps_per_epoch), dtype=torch.long)
     inputs, _ = get_batch(ids, starts[run.rank :: run.world_size], T)
     with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
         for _ in range(5):
@@ -376,6 +374,7 @@ def save_or_stop_if_due(run: Trainer) -> None:
     if stop_signal or due:
         save(run, last=stop_signal > 0)
     if stop_signal:
+        over_all(run, run.loss_sum)  # wait: as soon as one process ends, torchrun ends the others
         say(run, "stopped and saved; the same command with --resume behind it continues")
         raise SystemExit(128 + stop_signal)
 
@@ -452,7 +451,7 @@ def draw_losses(figure: Any, run: Trainer) -> None:
     for loss, name in ((blind, "guessing blindly"), (counting, "counting characters")):
         axes.axhline(loss, color="gray", linestyle=":")
         axes.text(run.total_steps, loss, f"{name}: {loss:.2f}", ha="right", va="bottom")
-    limits = {"xlim": (0, 1.02 * run.total_steps), "ylim": (0, 1.1 * max(blind, *val))}
+    limits = {"xlim": (0, 1.02 * run.total_steps), "ylim": (0, 1.1 * max(blind, *val) or 1)}
     axes.set(xlabel="step", ylabel="loss in nats per character", **limits)
     axes.legend(loc="lower left")
 
@@ -468,7 +467,7 @@ def claim_files(flags: Any, session: contextlib.ExitStack) -> None:
     if len(set(map(os.path.realpath, names))) < len(names):
         raise UserError("--input, --checkpoint, --training_log and --plot need different names")
     for path in paths:
-        if not path or (os.path.exists(path) and not os.path.isfile(path)):
+        if not os.path.basename(path) or (os.path.exists(path) and not os.path.isfile(path)):
             raise UserError(f"{path!a} is not a file and cannot be replaced by one; name another")
         name = hashlib.sha256(os.fsencode(os.path.normcase(os.path.realpath(path)))).hexdigest()
         try:
@@ -477,8 +476,7 @@ def claim_files(flags: Any, session: contextlib.ExitStack) -> None:
             lock.execute("BEGIN EXCLUSIVE")
         except sqlite3.Error as error:  # where there are no locks, the run goes on
             if "locked" in str(error):
-                problem = f"another run is writing {path!a}; wait for its end, or name other files"
-                raise UserError(problem) from error
+                raise UserError(f"another run is writing {path!a}; wait, or name others") from error
         write_whole(f"{os.path.realpath(path)}.part", b"")  # OSError where nothing can be written
         os.remove(f"{os.path.realpath(path)}.part")
 
@@ -517,8 +515,9 @@ def resume(flags: Any, device: torch.device) -> Trainer:
         averages = [{"step": torch.ones(()), "exp_avg": p, "exp_avg_sq": p} for p in parameters]
         like["optimizer"] = dict(enumerate(averages)) if state["optimizer"] else {}
         check_like("unfinished run", state, like)
-        if not finished <= state["step"] / run.steps_per_epoch <= finished + 1 <= settings.epochs:
-            raise UserError("its counts of steps and epochs do not fit together")
+        epoch = state["step"] / run.steps_per_epoch
+        if not finished <= epoch <= finished + 1 <= settings.epochs or state["seconds"] <= 0:
+            raise UserError("its counts of steps, epochs and seconds do not fit together")
         run.load_state_dict(state, dict(best.state_dict()))
         return run
     except Exception as error:  # a forged run can raise anything
@@ -528,16 +527,16 @@ def resume(flags: Any, device: torch.device) -> Trainer:
 def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     """The flags of `python train_model.py`, one for every setting among them."""
     parser = Parser("train_model.py", "%(prog)s [flags]", "Train TinyGPT.", allow_abbrev=False)
-    file = functools.partial(parser.add_argument, metavar="FILE")
-    file("--input", default="input.txt", help="the text to learn (%(default)s)")
-    file("--checkpoint", default="tiny_gpt_model.pth", help="the model (%(default)s)")
-    file("--training_log", default="training_log.csv", help="losses by epoch (%(default)s)")
-    file("--plot", type=picture, help="a picture of the losses, drawn after each epoch")
-    choice = functools.partial(parser.add_argument, default="auto")
-    choice("--device", choices=["auto", "cpu", "cuda", "mps"], help="auto: a CUDA GPU if it works")
-    choice("--preset", choices=["auto", "laptop", "gpu"], help="auto: by the device")
-    choice("--compile", choices=["auto", "on", "off"], nargs="?", const="on", help="auto: on a GPU")
-    parser.add_argument("--resume", action="store_true", help="continue the run in the checkpoint")
+    parser.set_defaults(device="auto", preset="auto", compile="auto")
+    add = parser.add_argument
+    add("--input", default="input.txt", help="the text to learn (%(default)s)")
+    add("--checkpoint", default="tiny_gpt_model.pth", help="the model (%(default)s)")
+    add("--training_log", default="training_log.csv", help="losses by epoch (%(default)s)")
+    add("--plot", type=picture, help="a picture of the losses, drawn after each epoch")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], help="auto: a CUDA GPU if it works")
+    add("--preset", choices=["auto", "laptop", "gpu"], help="auto: by the device")
+    add("--compile", choices=["auto", "on", "off"], nargs="?", const="on", help="auto: on a GPU")
+    add("--resume", action="store_true", help="continue the run in the checkpoint")
     group = parser.add_argument_group("settings (laptop / GPU)", argument_default=argparse.SUPPRESS)
     for one in fields(Hyperparameters):
         text = f"{one.metadata['help']} ({one.default} / {one.metadata['gpu']})"
@@ -570,18 +569,17 @@ def main(argv: Optional[List[str]] = None) -> None:
             claim_files(flags, session)
         try:
             run = prepare(flags)
-            # One bar over the whole run. Where stderr is no terminal, there is none (None).
-            bar = tqdm(initial=run.step, total=run.total_steps, disable=True if run.rank else None)
-            run.bar = session.enter_context(bar)
             note_signals(run, session)
-            train(run)
+            # One bar over the whole run. Where stderr is no terminal, there is none (None).
+            with tqdm(initial=run.step, total=run.total_steps, disable=run.rank or None) as run.bar:
+                train(run)
         except RuntimeError as error:
             if os.environ.get("WORLD_SIZE", "1") == "1" or "memory" in str(error):
                 raise
             raise UserError(f"another process of this run has ended ({reason(error)})") from error
         best = min(run.history, key=lambda row: row[3])
         say(run, f"done: {flags.checkpoint!a} has epoch {best[0]}, validation loss {best[3]:.4f}")
-        say(run, f"let it write:  python generate_text.py --checkpoint {flags.checkpoint!a}")
+        say(run, f'let it write:  python generate_text.py --checkpoint "{flags.checkpoint}"')
 
 
 if __name__ == "__main__":

@@ -188,9 +188,10 @@ def test_a_prompt_that_the_model_cannot_read_is_refused(write):
 def test_a_checkpoint_that_is_missing_or_overflows_is_refused(write, tmp_path):
     path, model = str(tmp_path / "huge.pth"), tiny_model()
     assert "huge.pth" in write("--checkpoint", path).sentence()
-    torch.nn.init.constant_(model.blocks[0].attention.queries_keys_values.weight, 3e38)
-    write_checkpoint(path, model, LETTERS)
-    assert "overflow" in write("--checkpoint", path, "--seed", "1").sentence()
+    for part in (model.unembedding, model.blocks[0].attention.queries_keys_values):  # inf; nan
+        part.weight.data.sign_().mul_(1e38)
+        write_checkpoint(path, model, LETTERS)
+        assert "overflow" in write("--checkpoint", path, "--seed", "1").sentence()
 
 
 IMPOSSIBLE = f"""

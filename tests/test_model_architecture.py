@@ -181,6 +181,10 @@ def test_the_script_shows_what_a_model_looks_at(checkpoint, monkeypatch):
     assert shown.status == 0 and shown.err == "" and shown.out.count("\n") < 50
     for idea in ("(B, H, T, S)", "(B, T, V)", "block 2, head 2", ascii(str(checkpoint))):
         assert idea in shown.out
+    monkeypatch.chdir(checkpoint.parent)
+    for text in (b"", b"\n\n", b"\xff\xfea"):
+        (checkpoint.parent / "input.txt").write_bytes(text)
+        assert [call(chapter.main, [n]).status for n in ("none", str(checkpoint))] == [0, 0]
 
 
 def same_parameters(one, other):
