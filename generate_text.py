@@ -15,6 +15,7 @@ import importlib.util
 import io
 import os
 import sys
+import time
 from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import torch
@@ -162,7 +163,11 @@ def write_whole(path: str, data: Any) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # on the disk before the name points to it
-        os.replace(f"{path}.part", path)
+        try:
+            os.replace(f"{path}.part", path)
+        except PermissionError:  # on Windows, a virus scanner may hold a new file for a moment
+            time.sleep(1)
+            os.replace(f"{path}.part", path)
     finally:
         if os.path.exists(f"{path}.part"):  # it is gone if all went well
             os.remove(f"{path}.part")

@@ -196,7 +196,7 @@ def test_a_run_goes_on_as_it_began_or_not_at_all(here):
 
 HUGE, BYTE = torch.zeros(1, 1).expand(10**5, 10**5), torch.zeros(1).byte()
 MATRIX, OTHER = torch.eye(9, 16), torch.zeros(16, 9)
-PARTLY_INFINITE, PARTLY_NAN = MATRIX.log(), (MATRIX - 1).sqrt()
+INFINITE, SOME_NAN = MATRIX.log(), (MATRIX - 1).sqrt()
 FORGED = {
     "format": ["del", "2", True, 3, torch.tensor([2, 2]), HUGE],
     "more": [1],
@@ -213,8 +213,7 @@ FORGED = {
     "parameters/more": [MATRIX],
     "parameters/embedding.weight": [
         *[1.0, OTHER, OTHER.t(), MATRIX[:1].expand(9, 16), MATRIX.to("meta"), MATRIX.to_sparse()],
-        *[MATRIX.double(), MATRIX.half(), MATRIX.int(), MATRIX.cfloat(), HUGE],
-        *[PARTLY_NAN, PARTLY_INFINITE],
+        *[MATRIX.double(), MATRIX.half(), MATRIX.int(), MATRIX.cfloat(), HUGE, SOME_NAN, INFINITE],
     ],
     "training": [5, [], "x", {}, torch.zeros(3)],
     "training/settings": [None, {}, {"n_embd": 16}, {"new": 1}],
@@ -228,7 +227,7 @@ FORGED = {
     "training/loss_sum": [math.inf, 10**400, None, torch.zeros(2)],
     "training/seconds": [0.0, math.nan, 10**400, "1"],
     "training/parameters": [None, {}, [1]],
-    "training/parameters/unembedding.weight": [None, torch.zeros(3), PARTLY_NAN],
+    "training/parameters/unembedding.weight": [None, torch.zeros(3), SOME_NAN],
     "training/optimizer": [None, [], {0: 1}],
     "training/optimizer/0": [None, {}],
     "training/optimizer/0/exp_avg": [MATRIX.double(), OTHER.t(), MATRIX[:1].expand(9, 16)],
