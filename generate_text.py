@@ -43,6 +43,8 @@ def next_probabilities(
     # To subtract one number from all changes no probability; with the best at 0, none overflows.
     logits = logits.double()
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    if top_k == 0 and top_p == 1:
+        return logits.softmax(dim=-1)
     logits, order = logits.sort(dim=-1, descending=True, stable=True)  # (B, V) each, best first
     if top_k > 0:
         logits[:, top_k:] = -torch.inf  # a probability of exactly 0
@@ -72,8 +74,8 @@ def generate(
     unread, cache = context, KVCache()
     for _ in range(max_new_tokens):
         logits = model(unread.to(device), cache)[:, -1].cpu()  # (B, V)
-        refuse_overflow(logits)
         probabilities = next_probabilities(logits, **settings)
+        refuse_overflow(probabilities)
         drawn = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
         yield drawn[:, 0]
         context, unread = torch.cat((context, drawn), dim=1), drawn
@@ -129,9 +131,9 @@ def read_prompt(wanted: Optional[str], tokenizer: CharTokenizer) -> str:
     return wanted or ("\n" if "\n" in tokenizer.characters else tokenizer.characters[0])
 
 
-def refuse_overflow(logits: Tensor) -> None:
-    """Raise UserError when the parameters, however finite, led to NaN or infinity."""
-    if not torch.isfinite(logits).all():
+def refuse_overflow(probabilities: Tensor) -> None:
+    """Raise UserError when the parameters, however finite, led to NaN (or infinity, and so NaN)."""
+    if torch.isnan(probabilities).any():
         raise UserError("the model's parameters are so large that they overflow; train it again")
 
 
