@@ -391,8 +391,8 @@ def save(run: Trainer, last: bool = False) -> None:
     run.last_save, problem = time.monotonic(), ""
     contents = {"format": FORMAT, "sizes": run.sizes, "vocabulary": run.tokenizer.characters}
     contents["parameters"] = run.best_parameters or dict(run.model.state_dict())
-    finished = len(run.history) == run.settings.epochs
-    if not finished:
+    is_finished = len(run.history) == run.settings.epochs
+    if not is_finished:
         contents["training"] = run.state_dict()  # all processes take part in this
     if run.rank > 0:
         return
@@ -408,14 +408,14 @@ def save(run: Trainer, last: bool = False) -> None:
             run.own_files.add(path)
         except OSError as error:
             problem = f"{path!a} was not saved at step {run.step:,}: {error}"
-            if not (last or finished):
+            if not (last or is_finished):
                 say(run, f"warning: {problem}")
                 continue
             with contextlib.suppress(OSError):
                 elsewhere = os.path.join(tempfile.mkdtemp(), os.path.basename(path))
                 write_whole(elsewhere, data)
                 problem += f"; it is now {elsewhere!a}"
-    if problem and (last or finished):
+    if problem and (last or is_finished):
         raise UserError(problem)
     try:
         if run.flags.plot and run.history:
