@@ -263,7 +263,7 @@ REFUSED = f"""
 --batch_size=0 --n_embd=15 --n_embd=1{"0" * 5000} --block_size=2.5 --block_size=600
 --learning_rate=nan --seed=\u0663\u00e9 --device=tpu --device=cuda --epoch=3 --epochs
 --input=nowhere.txt --input=folder --input=model.pth.part --training_log=text.txt
---training_log=model.pth --training_log=model.pth.part
+--training_log=model.pth --training_log=model.pth.part --checkpoint=x.pth/
 --checkpoint=folder/../text.txt --checkpoint=folder --training_log=folder
 --checkpoint=nowhere/model.pth --checkpoint={"x" * 300} --training_log=text.txt/log.csv
 """.split()
