@@ -267,7 +267,7 @@ class Trainer:
 
     def forward(self, inputs: Tensor) -> List[Tensor]:
         plain, device = self.number_format == torch.float32, inputs.device.type
-        some = inputs if len(inputs) else inputs.new_zeros(1, inputs.shape[1])  # GPUs refuse 0
+        some = inputs if len(inputs) else inputs.new_zeros(1, inputs.shape[1])  # GPUs need B > 0
         if self.rank > 0:  # its dropout follows from the step: files keep the first's state alone
             torch.manual_seed(self.settings.seed + self.step * self.world_size + self.rank)
         with contextlib.nullcontext() if plain else torch.autocast(device, self.number_format):
@@ -391,9 +391,9 @@ def save(run: Trainer, last: bool = False) -> None:
     run.last_save, problem = time.monotonic(), ""
     contents = {"format": FORMAT, "sizes": run.sizes, "vocabulary": run.tokenizer.characters}
     contents["parameters"] = run.best_parameters or dict(run.model.state_dict())
-    is_finished = len(run.history) == run.settings.epochs
-    if not is_finished:
+    if len(run.history) < run.settings.epochs:
         contents["training"] = run.state_dict()  # all processes take part in this
+    last = last or "training" not in contents
     if run.rank > 0:
         return
     rows = ["epoch,step,train_loss,val_loss,seconds", *(str(r)[1:-1] for r in run.history), ""]
@@ -408,14 +408,14 @@ def save(run: Trainer, last: bool = False) -> None:
             run.own_files.add(path)
         except OSError as error:
             problem = f"{path!a} was not saved at step {run.step:,}: {error}"
-            if not (last or is_finished):
+            if not last:
                 say(run, f"warning: {problem}")
                 continue
             with contextlib.suppress(OSError):
                 elsewhere = os.path.join(tempfile.mkdtemp(), os.path.basename(path))
                 write_whole(elsewhere, data)
                 problem += f"; it is now {elsewhere!a}"
-    if problem and (last or is_finished):
+    if problem and last:
         raise UserError(problem)
     try:
         if run.flags.plot and run.history:
