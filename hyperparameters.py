@@ -30,8 +30,8 @@ class Hyperparameters:
 
     # What one step of training sees (chapter 2): about batch_size * block_size characters.
     # A block is a stretch of text (later: a sequence); n_layer counts blocks that are model parts.
-    block_size: int = setting(256, 512, 1, 65_536, "context window: characters seen at once")
-    batch_size: int = setting(4, 4, 1, 65_536, "full-length sequences learned from in one step")
+    block_size: int = setting(512, 512, 1, 65_536, "context window: characters seen at once")
+    batch_size: int = setting(2, 4, 1, 65_536, "full-length sequences learned from in one step")
     validation_fraction: float = setting(0.1, 0.1, 0.001, 0.5, "share measured on (max 1 M chars)")
 
     # How large the model is (chapter 3).
