@@ -136,12 +136,12 @@ def write_uncached(model: nn.Module, count: int) -> None:
         context = torch.cat((context, torch.multinomial(logits.softmax(dim=-1), 1)), dim=1)
 
 
-def writing_speed(name: str, settings: Hyperparameters, window: int, count: int) -> dict:
+def writing_speed(name: str, settings: Hyperparameters, count: int) -> dict:
     """Characters a second with the cache (1000 of them), without, and of a plain GPT.
 
     They take turns, so that whatever else the machine does slows all; the cache has half a window.
     """
-    sizes = [window, settings.n_embd, settings.n_head, settings.n_layer]
+    sizes = [settings.block_size, settings.n_embd, settings.n_head, settings.n_layer]
     torch.manual_seed(0)
     model, plain, half = TinyGPT(65, *sizes).eval(), PlainGPT(65, *sizes).eval(), sizes[0] // 2
     ids = generate(model, torch.zeros(1, 1, dtype=torch.long), 10**9, torch.Generator())
@@ -171,8 +171,8 @@ def main() -> None:
     figures = {
         **encoding_speed(),  # first: a process inherits the peak memory of the one that started it
         **training_speed(),
-        **writing_speed("laptop", LAPTOP, window=256, count=16),
-        **writing_speed("GPU-sized", GPU, window=256, count=10),
+        **writing_speed("laptop", LAPTOP, count=16),
+        **writing_speed("GPU-sized", GPU, count=10),
     }
     rows = [f"| {name} | {x:,.{0 if x >= 100 else 2}f} |" for name, x in figures.items()]
     table = "\n".join(["| measured | figure |", "|---|---:|", *rows])
