@@ -312,8 +312,7 @@ def set_up_session(run: Trainer, device: torch.device) -> None:
         try:
             run.network = torch.compile(run.model, dynamic=torch.__version__ >= "2.5")
             torch._dynamo.config.optimize_ddp = False  # or a share of one sequence ends the run
-            for T in (sequence_length_at(0, run.settings), run.settings.block_size):
-                rehearse(run, T)  # it compiles once for whole windows, once for what is shorter
+            rehearse(run)  # it compiles once for whole windows, once for what is shorter
         except Exception as error:
             run.network = run.model
             say(run, f"warning: the model cannot be compiled here: {reason(error)}")
@@ -323,20 +322,22 @@ def set_up_session(run: Trainer, device: torch.device) -> None:
         run.network = torch.nn.parallel.DistributedDataParallel(run.network)
 
 
-def rehearse(run: Trainer, T: int) -> float:
-    """The seconds that the run would take, from five steps at length T that change nothing."""
-    ids, times = run.train_ids, []
-    starts = ids.new_zeros(round(len(ids) / T / run.steps_per_epoch), dtype=torch.long)
-    inputs, _ = get_batch(ids, starts[run.rank :: run.world_size], T)
-    with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
-        for _ in range(5):
-            begin = time.perf_counter()
-            sum(logits.sum() for logits in run.forward(inputs)).backward()
-            run.loss_sum.item()  # waits for a GPU
-            times.append(time.perf_counter() - begin)
+def rehearse(run: Trainer) -> float:
+    """The seconds that the run would take, from five steps of each length that change nothing."""
+    ids, epochs, seconds = run.train_ids, range(len(run.history), run.settings.epochs), 0.0
+    lengths = [sequence_length_at(epoch, run.settings) for epoch in epochs]
+    for T in sorted(set(lengths)):
+        starts, times = ids.new_zeros(round(len(ids) / T / run.steps_per_epoch)).long(), []
+        inputs, _ = get_batch(ids, starts[run.rank :: run.world_size], T)
+        with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
+            for _ in range(5):
+                begin = time.perf_counter()
+                sum(logits.sum() for logits in run.forward(inputs)).backward()
+                run.loss_sum.item()  # waits for a GPU
+                times.append(time.perf_counter() - begin)
+        seconds += sorted(times)[2] * lengths.count(T) / len(lengths)
     # Measuring costs a third of learning, as nothing goes backward.
-    steps = (run.total_steps - run.step) * (1 + len(run.val_ids) / len(ids) / 3)
-    return steps * sorted(times)[2]
+    return seconds * (run.total_steps - run.step) * (1 + len(run.val_ids) / len(ids) / 3)
 
 
 def over_all(run: Trainer, value: Tensor, how: str = "SUM") -> Any:
@@ -549,7 +550,6 @@ def prepare(flags: Any) -> Trainer:
     device, why = choose_device(flags.device)
     settings = None if flags.resume else choose_settings(flags, device)
     run = Trainer(flags, settings, device) if settings else resume(flags, device)
-    left = tqdm.format_interval(rehearse(run, run.settings.block_size))
     V, train, val = run.tokenizer.vocab_size, len(run.train_ids), len(run.val_ids)
     parameters = sum(p.numel() for p in run.model.parameters())
     say(run, f"device    {device} ({why}), {str(run.number_format)[6:]} matrix products")
@@ -557,7 +557,7 @@ def prepare(flags: Any) -> Trainer:
     say(run, f"split     {train:,} characters to learn from, {val:,} to measure on")
     say(run, f"model     {parameters:,} parameters, from {run.step:,} steps of training")
     say(run, f"training  {run.settings.epochs} epochs of {run.steps_per_epoch:,} steps")
-    say(run, f"time      about {left}, as measured on five steps")
+    say(run, f"time      about {tqdm.format_interval(rehearse(run))}, as measured on a few steps")
     return run
 
 
