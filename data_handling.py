@@ -110,8 +110,8 @@ def shuffled_sequences(length: int, block_size: int, seed: int, epoch: int) -> T
     """
     generator = np.random.default_rng([seed, epoch])
     # The first cut skips 0 to skips - 1 ids; the last id is only a target. So even the largest skip
-    # leaves length - 1 - (skips - 1) = length - skips inputs. Every epoch takes as many sequences
-    # as fit in these: so all epochs of one block_size are equally long.
+    # leaves length - 1 - (skips - 1) = length - skips inputs; by `min`, enough for one sequence.
+    # Every epoch takes as many as fit in these: so all epochs of one block_size are equally long.
     skips = min(block_size, length - block_size)
     first = generator.integers(skips)
     order = generator.permutation((length - skips) // block_size).astype(np.int64)

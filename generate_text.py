@@ -4,9 +4,9 @@ At the end of this file you know how a model that only guesses the next characte
 pages: its logits become probabilities, one character is drawn, and the model reads it as if it had
 been there all along. From chapter 4 it takes the file tiny_gpt_model.pth; what it hands on is text.
 
-    python generate_text.py                                 writes 500 characters
+    python generate_text.py                                 writes 500 characters, temperature 0.8
     python generate_text.py --prompt "ROMEO:" --seed 1      continues a text, repeatably
-    python generate_text.py --temperature 0.5 > page.txt    plays it safe; only the text goes there
+    python generate_text.py --temperature 0.5 > page.txt    plays it safe; the page gets only text
     python generate_text.py --prompt "ROMEO:" --attention a.png     draws what its characters see
 """
 
@@ -66,7 +66,7 @@ def generate(
     Of a prompt longer than the context window, its end is read. Once the window is full, its oldest
     characters must go; but the keys and values of the rest were made with them in sight. So its
     newest half is read again into an empty cache; half, so that this is rare. Ids are drawn on the
-    CPU, with `generator`; `settings` are those of next_probabilities.
+    CPU: a seed means the same there beside any GPU. `settings` are those of next_probabilities.
     """
     model.eval()  # dropout is for learning
     device, block_size = model.embedding.weight.device, model.block_size
@@ -76,7 +76,7 @@ def generate(
         logits = model(unread.to(device), cache)[:, -1].cpu()  # (B, V)
         probabilities = next_probabilities(logits, **settings)
         refuse_overflow(probabilities)
-        drawn = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
+        drawn = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1), by chance
         yield drawn[:, 0]
         context, unread = torch.cat((context, drawn), dim=1), drawn
         if context.shape[1] > block_size:

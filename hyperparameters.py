@@ -28,8 +28,8 @@ class Hyperparameters:
     it here for good, or for one run: `python train_model.py --n_layer 6`.
     """
 
-    # What one step of training sees (chapter 2): about batch_size * block_size characters.
-    # A block is a stretch of text (later: a sequence); n_layer counts blocks that are model parts.
+    # What is read (chapter 2). A step of training takes about batch_size * block_size characters.
+    # Here, a block is a stretch of text (later: a sequence); the blocks of n_layer are model parts.
     block_size: int = setting(512, 512, 1, 65_536, "context window: characters seen at once")
     batch_size: int = setting(2, 4, 1, 65_536, "full-length sequences learned from in one step")
     validation_fraction: float = setting(0.1, 0.1, 0.001, 0.5, "share measured on (max 1 M chars)")
@@ -43,7 +43,7 @@ class Hyperparameters:
     # How it learns (chapter 4).
     epochs: int = setting(4, 8, 1, 1_000_000, "passes over the training text")
     learning_rate: float = setting(6e-3, 2e-3, 1e-9, 10.0, "size of a step, at its largest")
-    warmup_steps: int = setting(100, 100, 0, 1_000_000, "first steps, growing (a tenth at most)")
+    warmup_steps: int = setting(100, 100, 0, 1_000_000, "growing first steps (at most 1 in 10)")
     weight_decay: float = setting(0.3, 1.6, 0.0, 100.0, "pull of large matrices towards zero")
     beta2: float = setting(0.95, 0.95, 0.0, 0.99999, "how slowly AdamW forgets squared gradients")
     gradient_clip: float = setting(1.0, 1.0, 1e-6, 1e6, "length to which a longer gradient shrinks")

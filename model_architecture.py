@@ -51,11 +51,11 @@ def attention_weights(queries: Tensor, keys: Tensor) -> Tensor:
     Queries Q, (B, H, T, D), are those of the last T of the S positions of keys K, (B, H, S, D).
     """
     (T, D), S = queries.shape[-2:], keys.shape[-2]
-    # Queries and keys have length sqrt(D) (see project). Say D = 32, 256 keys. If random, their
-    # dot products are about +-sqrt(D), and the best key gets 0.6 of the mixture by mere chance. If
-    # divided by sqrt(D), 0.04 (Vaswani et al. 2017). But then none is above sqrt(D), and even a
-    # perfect fit, all others being 0, gets only 0.5 here. Times 3 is between: 0.3 by chance, nearly
-    # 1 for a perfect fit. Q @ K^T holds the dot product of every query with every key.
+    # Queries and keys have length sqrt(D) (see project). Say D = 32, 256 keys. Random ones have dot
+    # products of about +-sqrt(D). Left as they are, the best key gets 0.6 of the mixture by mere
+    # chance; divided by sqrt(D), 0.04 (Vaswani et al. 2017). But then no score is above sqrt(D):
+    # even a perfect fit, all other scores being 0, gets only 0.5. Three times that is between: 0.3
+    # by chance, nearly 1 for a perfect fit. Q @ K^T holds the dot products of queries with keys.
     scores = queries @ keys.transpose(-2, -1) * (ATTENTION_SCALE / math.sqrt(D))  # (B, H, T, S)
     # In training, the answer stands in the same sequence, one position later. A position must not
     # look there (triu: True right of a diagonal): minus infinity becomes a share of exactly 0.
@@ -150,7 +150,7 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             keys = cache.append(self, "keys", keys)  # (B, H, S, D)
             values = cache.append(self, "values", values)
-        if cache is not None and x.shape[1] > 1:  # a prompt (chapter 5): is_causal would need T = S
+        if cache is not None and x.shape[1] > 1:  # T > 1 with a cache: is_causal would need T = S
             mixture = attention_weights(queries, keys) @ values  # (B, H, T, D)
         else:  # Training, or one new position: PyTorch computes the same, but need not store
             # all shares at once. is_causal hides the future; one new position, the last, has none.
@@ -165,8 +165,8 @@ class CausalConvolution(nn.Module):
     The characters just before are the best hint at the next one. Attention can learn to look one
     back, but takes long to find out. Here each of the C numbers of a position gets those at its
     place in the vectors 1, 2 and 3 back added, times a learned factor each (0 at first): a causal
-    depthwise convolution (after So et al. 2021, Primer). One before the blocks and one in each of
-    four reach 15 back, on a laptop: attention is for what is farther away, or at no fixed distance.
+    depthwise convolution (after So et al. 2021, Primer). A laptop's model has five, one before its
+    blocks and one in each: 15 back. Attention is for what is farther, or at no fixed distance.
     """
 
     def __init__(self, n_embd: int) -> None:
@@ -174,7 +174,7 @@ class CausalConvolution(nn.Module):
         self.weight = nn.Parameter(torch.zeros(REACH, n_embd))  # the farthest first
 
     def forward(self, x: Tensor, cache: Optional[KVCache] = None) -> Tensor:
-        T, is_first = x.shape[1], cache is None or cache.length == 0
+        T, is_first = x.shape[1], (cache is None or cache.length == 0)
         inputs = F.pad(x, (0, 0, REACH, 0)) if is_first else x  # zeros before the first position
         if cache is not None:
             inputs = cache.append(self, "inputs", inputs, keep=REACH)  # (B, REACH + T, C)
@@ -263,7 +263,7 @@ class TinyGPT(nn.Module):
         """Ids (B, T) to logits (B, T, V): at each position, for the character that comes after it.
 
         With a cache, `ids` go on where it ends. With `both`, a second set comes with these logits:
-        those for the next character but one. Raises ValueError for more than block_size.
+        those for the next character but one. Raises ValueError beyond block_size positions.
         """
         past, T = 0 if cache is None else cache.length, ids.shape[1]
         refuse_too_long(past + T, self.block_size)

@@ -3,8 +3,8 @@
 At the end of this file you know how a model that guesses blindly becomes one that writes. It reads
 a batch; its surprise at what came next is measured (the loss), and the slope of the loss along each
 parameter (all slopes together: the gradient); each parameter takes a small step downhill; and so
-on: that is `train`, and what stands before it explains its lines. It takes settings, batches, the
-model, and for samples `generate` of chapter 5; it hands that the file tiny_gpt_model.pth.
+on: that is `train`, and what stands before it explains its lines. From chapters 1 to 3 come
+settings, batches, model; chapter 5 lends `generate`, and gets the file tiny_gpt_model.pth.
 """
 
 import argparse
@@ -94,10 +94,10 @@ def make_optimizer(model: TinyGPT, settings: Hyperparameters) -> torch.optim.Ada
     """The optimizer, which makes steps of slopes: AdamW (Loshchilov & Hutter 2019).
 
     Simplest would be `parameter -= rate * slope`. But one slope can be a thousand times another;
-    no rate suits both. AdamW's is `parameter -= rate * average / usual`. Each step, `average`
-    is 0.9 of the old one + 0.1 of the new slope; `usual` the root of such an average of squares
-    (with beta2 for 0.9). Both begin at 0, and are enlarged to make up for it. If slopes agree, the
-    quotient is about 1 or -1, and a step as large as the rate; where signs change, smaller.
+    no rate suits both. In AdamW, `parameter -= rate * average / (usual + 1e-8)`. Each step,
+    `average` is 0.9 of the old one + 0.1 of the new slope; `usual` the root of such an average of
+    squares (beta2 for 0.9). Both begin at 0, and are enlarged to make up for it. If the slopes of
+    many steps agree, the quotient is about 1 or -1, a step as large as the rate; if not, smaller.
 
     By weight decay, a number loses the share rate * weight_decay of itself at every step, so that
     only what many examples ask for stays. (What counts is the share lost in an epoch: for half as
@@ -127,7 +127,7 @@ def train(run: "Trainer") -> None:
         for starts in run.batches(epoch):  # (B,)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(run.step, run.total_steps, settings)
-            share = starts[run.rank :: run.world_size]  # all, unless several processes divide them
+            share = starts[run.rank :: run.world_size]  # all, if there is one process, rank 0 of 1
             inputs, targets = get_batch(run.train_ids, share, T)  # (B, T) each
             logits, after_next = run.forward(inputs)  # model(inputs, both=True): (B, T, V) each
             loss = total_loss(logits, targets) / (len(starts) * T)  # the mean over B * T lessons
@@ -135,7 +135,7 @@ def train(run: "Trainer") -> None:
             # right neighbour (the last has none). No text is written by that guess: it is there to
             # improve the C numbers that both guesses are made from. (after Gloeckle et al. 2024)
             second_loss = total_loss(after_next[:, :-1], targets[:, 1:]) / (len(starts) * T)
-            left = 1 - run.step / run.total_steps  # from 1 to 0: the second lesson fades away
+            left = 1 - run.step / run.total_steps  # 1 to 0: the second loss counts 0.3, then less
 
             # Backward finds all slopes in one walk from the loss back to the ids, as the slopes of
             # nested functions multiply (chain rule). It adds to old slopes, so these are cleared.
@@ -156,9 +156,9 @@ def train(run: "Trainer") -> None:
 def report(run: "Trainer") -> None:
     """One line for the epoch that just ended, and a sample of what the model writes by now.
 
-    The training loss is the epoch's average, with dropout, on sequences that are short at first;
-    the validation loss is that at its end, without, on whole ones: so it may be the lower. While
-    both fall, the model learns; when only the validation loss rises, it mostly learns by heart.
+    The training loss is the epoch's average, with dropout, in early epochs on short sequences; the
+    validation loss, taken at its end, without dropout, at full length, may be the lower. While both
+    fall, the model learns; when only the validation loss rises, it mostly learns by heart.
     """
     epoch, step, train_loss, val_loss, _ = run.history[-1]
     speed = epoch * len(run.train_ids) / run.seconds
@@ -185,7 +185,7 @@ def sample(run: "Trainer") -> str:
 
 
 class Trainer:
-    """All that one run carries. After finish_epoch: for resuming, several GPUs, and 16 bits."""
+    """All that one run carries. Below finish_epoch (skip it): resuming, several GPUs, 16 bits."""
 
     def __init__(self, flags: Any, settings: Hyperparameters, device: torch.device) -> None:
         self.flags, self.settings = flags, settings
@@ -208,10 +208,10 @@ class Trainer:
         # Summed on the device, as fetching makes a GPU wait; exact in any order (MPS: no float64).
         kind = torch.float32 if device.type == "mps" else torch.float64
         self.loss_sum = torch.zeros((), dtype=kind, device=device)  # over this epoch's steps
-        set_up_session(self, device)  # rank, world_size, network, number_format, scaler, ...
+        set_up_session(self, device)  # rank: number of this process, of world_size; scaler; ...
 
     def batches(self, epoch: int) -> Tuple[Tensor, ...]:
-        """Where the sequences begin, (B,) a batch, for the batches of this epoch still to come."""
+        """The batches of this epoch to come, (B,) starts each: B grows as sequences shrink."""
         self.clock, T = time.perf_counter() - self.seconds, sequence_length_at(epoch, self.settings)
         starts = shuffled_sequences(len(self.train_ids), T, self.settings.seed, epoch)
         batches = starts.to(self.train_ids.device).tensor_split(self.steps_per_epoch)
@@ -268,7 +268,7 @@ class Trainer:
     def forward(self, inputs: Tensor) -> List[Tensor]:
         plain, device = self.number_format == torch.float32, inputs.device.type
         some = inputs if len(inputs) else inputs.new_zeros(1, inputs.shape[1])  # GPUs need B > 0
-        if self.rank > 0:  # its dropout follows from the step: files keep the first's state alone
+        if self.rank > 0:  # its dropout follows from the step: files keep that of rank 0 alone
             torch.manual_seed(self.settings.seed + self.step * self.world_size + self.rank)
         with contextlib.nullcontext() if plain else torch.autocast(device, self.number_format):
             return [logits.float()[: len(inputs)] for logits in self.network(some, both=True)]
