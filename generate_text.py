@@ -65,8 +65,8 @@ def generate(
 
     Of a prompt longer than the context window, its end is read. Once the window is full, its oldest
     characters must go; but the keys and values of the rest were made with them in sight. So its
-    newest half is read again into an empty cache; half, so that this is rare. Ids are drawn on the
-    CPU: a seed means the same there beside any GPU. `settings` are those of next_probabilities.
+    newest half is read again into an empty cache; half, so that this is rare. `generator` is one of
+    the CPU, as other devices draw otherwise. `settings` are those of next_probabilities.
     """
     model.eval()  # dropout is for learning
     device, block_size = model.embedding.weight.device, model.block_size

@@ -150,7 +150,7 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             keys = cache.append(self, "keys", keys)  # (B, H, S, D)
             values = cache.append(self, "values", values)
-        if cache is not None and x.shape[1] > 1:  # T > 1 with a cache: is_causal would need T = S
+        if cache is not None and x.shape[1] > 1:  # T > 1, perhaps below S: is_causal needs T = S
             mixture = attention_weights(queries, keys) @ values  # (B, H, T, D)
         else:  # Training, or one new position: PyTorch computes the same, but need not store
             # all shares at once. is_causal hides the future; one new position, the last, has none.
